@@ -1,0 +1,64 @@
+//! shim → agent: what a container is, in the guest's words.
+//!
+//! A container is created with containerd's own `CreateTaskRequest`: `id`, `terminal`, and `stdin`, `stdout`, `stderr`
+//! as stream names ([`crate::stream::stream_uri`]); `options` is an `Any` with the type [`CONTAINER_TYPE`] whose value
+//! is a [`Container`] as JSON. An exec is containerd's `ExecProcessRequest` with the same stream names and the OCI
+//! process as containerd sends it. `bundle`, `rootfs` and `checkpoint` stay empty: the guest knows no paths of the
+//! host's.
+//!
+//! Paths in the guest:
+//!
+//! ```text
+//!  /run/nacelle/layers/       share "layers", read-only: <name>.erofs, one file a lower
+//!  /run/nacelle/volumes/      share "volumes": one entry a volume, a directory or a single file
+//!  /run/nacelle/upper/<id>/   upper and work directories of a container
+//!  /run/nacelle/containers/<id>/  config.json, rootfs
+//! ```
+
+use serde::{Deserialize, Serialize};
+
+#[allow(warnings, clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks, rustdoc::all)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/mod.rs"));
+}
+
+pub use generated::agent::*;
+pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};
+
+/// `type_url` of the options of a `CreateTaskRequest` to the agent.
+pub const CONTAINER_TYPE: &str = "nacelle.agent.v1.Container";
+
+/// virtiofs tag of the share that holds the lowers.
+pub const LAYERS_TAG: &str = "layers";
+/// virtiofs tag of the share that holds the volumes.
+pub const VOLUMES_TAG: &str = "volumes";
+/// Serial number of the disk that holds the uppers.
+pub const UPPER_SERIAL: &str = "upper";
+
+/// Where the layers share is mounted in the guest.
+pub const LAYERS_DIR: &str = "/run/nacelle/layers";
+/// Where the volumes share is mounted in the guest.
+pub const VOLUMES_DIR: &str = "/run/nacelle/volumes";
+/// Where the disk with the uppers is mounted in the guest.
+pub const UPPER_DIR: &str = "/run/nacelle/upper";
+/// Where the agent keeps a directory for each container.
+pub const CONTAINERS_DIR: &str = "/run/nacelle/containers";
+
+/// One container, as the guest has to make it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Container {
+    /// OCI runtime configuration, made for the guest by the shim: sources of bind mounts lie in [`VOLUMES_DIR`],
+    /// `linux.cgroupsPath` is a guest path, and the network namespace is the guest's own.
+    pub spec: serde_json::Value,
+    /// The root file system.
+    pub rootfs: Rootfs,
+}
+
+/// The root file system of a container: lowers, and an upper over them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rootfs {
+    /// File names below [`LAYERS_DIR`], bottom first; at least one.
+    pub lowers: Vec<String>,
+}

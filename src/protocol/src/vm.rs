@@ -1,0 +1,165 @@
+//! shim ↔ vmm: the description of one microVM, and what the VMM reports back.
+//!
+//! Descriptors that the VMM process inherits:
+//!
+//! ```text
+//!  0  /dev/null
+//!  1  /dev/null
+//!  2  log        write end of a pipe: text, one line a message
+//!  3  config     read end: one VmConfig as JSON, then end of file
+//!  4  report     write end of a pipe: one Report as JSON a line
+//!  5  lifeline   read end of a pipe that the shim keeps open: end of file means the shim is gone, and the VMM exits
+//!  6  console    write end of a pipe: what the guest's kernel prints on hvc0 (always drained by the shim)
+//! ```
+//!
+//! libkrun takes files, shares and sockets by path, so every entry names its source on the host; the jail gives it its
+//! place inside, and nothing else of the host is reachable there.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::SandboxId;
+
+/// Descriptor of the log pipe.
+pub const LOG_FD: i32 = 2;
+/// Descriptor of the [`VmConfig`].
+pub const CONFIG_FD: i32 = 3;
+/// Descriptor of the [`Report`] pipe.
+pub const REPORT_FD: i32 = 4;
+/// Descriptor of the lifeline.
+pub const LIFELINE_FD: i32 = 5;
+/// Descriptor of the guest's console.
+pub const CONSOLE_FD: i32 = 6;
+
+/// Longest [`VmConfig`] or [`Report`] line that a reader accepts, in bytes.
+pub const MAX_JSON: usize = 1 << 20;
+
+/// One microVM, complete.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// Must equal [`crate::GENERATION`].
+    pub generation: u32,
+    /// The sandbox, for log lines and the process title.
+    pub sandbox: SandboxId,
+    /// Virtual CPUs, 1 to 255; the kernel may know fewer.
+    pub vcpus: u8,
+    /// RAM of the guest in MiB.
+    pub memory_mib: u32,
+    /// Guest kernel: an uncompressed ELF `vmlinux`.
+    pub kernel: PathBuf,
+    /// The static agent. It becomes PID 1 out of the VMM's memory.
+    pub agent: PathBuf,
+    /// Words that are appended to the kernel's command line; printable ASCII without quotes.
+    pub kernel_args: Vec<String>,
+    /// virtiofs shares, in device order.
+    pub shares: Vec<Share>,
+    /// virtio-blk disks, in device order.
+    pub disks: Vec<Disk>,
+    /// vsock ports of the host that the guest may dial.
+    pub sockets: Vec<Socket>,
+    /// What confines the process.
+    pub jail: Jail,
+}
+
+/// A directory of the host, served to the guest by virtiofs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Share {
+    /// virtiofs tag, 1 to 36 bytes of `[a-z0-9-]`.
+    pub tag: String,
+    /// Directory on the host. Mounts that appear below it later appear in the guest.
+    pub source: PathBuf,
+    /// Refuse every change, in the VMM and by the mount.
+    pub read_only: bool,
+    /// Map the ids of the files with an idmapped mount, so that root in the jail's user namespace can own files there:
+    /// id N on the disk is id N in the guest.
+    pub idmap: bool,
+}
+
+/// A disk image of the host, served to the guest by virtio-blk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// Serial number by which the guest finds it, 1 to 20 bytes of `[a-z0-9-]`.
+    pub serial: String,
+    /// Raw image on the host.
+    pub source: PathBuf,
+    /// Offer it read-only.
+    pub read_only: bool,
+}
+
+/// A vsock port: a dial by the guest becomes a connection to a UNIX socket of the host.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Socket {
+    /// vsock port, see [`crate::stream`].
+    pub port: u32,
+    /// Path of a listening UNIX socket on the host.
+    pub source: PathBuf,
+}
+
+/// What confines the VMM process. There is no way to ask for less: the jail fails closed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Jail {
+    /// An empty directory of the host on which the jail's root is assembled, in the VMM's own mount namespace.
+    pub root: PathBuf,
+    /// First id of the host's that belongs to this sandbox: root in the jail's user namespace.
+    pub uid_base: u32,
+    /// How many ids belong to it, from `uid_base` on.
+    pub uid_count: u32,
+    /// Network namespace to join; without one the VMM gets a new, empty one.
+    pub netns: Option<PathBuf>,
+    /// Directory of a cgroup (v2, or one per hierarchy of v1) to join first.
+    pub cgroups: Vec<PathBuf>,
+    /// RLIMIT_NOFILE. virtiofs keeps a descriptor for every inode the guest knows.
+    pub max_files: u64,
+}
+
+/// What the VMM says, one JSON object a line on [`REPORT_FD`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "report", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Report {
+    /// The VMM proper runs, with this process id in the shim's PID namespace. The process that was spawned first exits.
+    Started {
+        /// Process id.
+        pid: u32,
+    },
+    /// The VMM cannot go on, and exits. There is no guest.
+    Failed {
+        /// The step that failed, such as `pivot root` or `enter libkrun`.
+        stage: String,
+        /// The system's error number, where there is one.
+        errno: Option<i32>,
+        /// What was being done to what, and why it failed.
+        message: String,
+    },
+    /// Something is weaker than asked for, but the configuration allows it (a share that cannot be idmapped).
+    Degraded {
+        /// The step.
+        stage: String,
+        /// What is missing and why.
+        message: String,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn report_lines_are_stable() {
+        let line = serde_json::to_string(&Report::Started { pid: 7 }).expect("serialize");
+        assert_eq!(line, r#"{"report":"started","pid":7}"#);
+        let back: Report =
+            serde_json::from_str(r#"{"report":"failed","stage":"jail","errno":1,"message":"m"}"#).expect("parse");
+        assert_eq!(back, Report::Failed { stage: "jail".into(), errno: Some(1), message: "m".into() });
+    }
+
+    #[test]
+    fn unknown_fields_are_refused() {
+        assert!(serde_json::from_str::<Report>(r#"{"report":"started","pid":7,"x":1}"#).is_err());
+    }
+}
