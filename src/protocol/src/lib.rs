@@ -3,6 +3,7 @@
 //! ```text
 //!  shim ── VmConfig (JSON, fd 3) ──────────────► vmm          vm.rs
 //!  shim ◄─ Report (JSON lines, fd 4) ─────────── vmm          vm.rs
+//!  shim ── Status (JSON, a file) ──────────────► people       status.rs
 //!
 //!  shim ◄─ Preamble, then ttrpc ──────────────── agent        stream.rs (vsock port 1024)
 //!             containerd.task.v3.Task            served by the agent, from containerd-shim-protos
@@ -17,6 +18,7 @@
 
 pub mod agent;
 pub mod ids;
+pub mod status;
 pub mod stream;
 pub mod vm;
 
