@@ -32,7 +32,7 @@ cached() {
             exec 9>"$NACELLE_CACHE/$name.lock"
             flock 9
             if [ ! -e "$entry" ]; then
-                rm -rf "$entry.partial"
+                rm -rf "$NACELLE_CACHE/$name"-*.partial
                 # Not part of a condition: there `set -e` would be off inside the builder.
                 "$builder" "$entry.partial" "$@" 9>&- >&2
                 mv -T "$entry.partial" "$entry"

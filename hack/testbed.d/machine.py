@@ -1,0 +1,170 @@
+"""Runs one machine of the testbed and passes its streams on: machine.py [OPTIONS] -- QEMU ARGUMENT…
+
+Exit code: the command's own; 124 when the time limit was reached; 125 when the machine ended without an answer (the end
+of its console is printed then); 130 and 143 when interrupted or terminated.
+
+Each stream is a virtio-serial port on a socket pair, one way only. The machine ends each with TOKEN and the exit code in
+three digits; after the last one there is nothing left to wait for and QEMU is killed: its disks are thrown away.
+"""
+
+import argparse
+import ctypes
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+TIMEOUT, NO_ANSWER = 124, 125
+CONSOLE_TAIL_LINES = 40
+PR_SET_PDEATHSIG = 1
+
+
+class Stream:
+    """One port: what goes through is written to `sink`, up to the token."""
+
+    def __init__(self, name, sink, token):
+        self.name, self.sink, self.token = name, sink, token
+        self.here, self.there = socket.socketpair()
+        self.held = b""
+        self.code = None
+
+    def arguments(self):
+        fd = self.there.fileno()
+        return [
+            "-chardev", f"socket,id={self.name},fd={fd}",
+            "-device", f"virtserialport,chardev={self.name},name={self.name}",
+        ]  # fmt: skip
+
+    def read(self):
+        """Passes on what has come. False when nothing more will."""
+        data = self.held + self.here.recv(1 << 18)
+        if len(data) == len(self.held):
+            return False
+        end = data.find(self.token)
+        if end >= 0:
+            tail = data[end + len(self.token) :]
+            self.write(data[:end])
+            self.held = data[end:]
+            if len(tail) >= 3:
+                self.code = int(tail[:3])
+            return self.code is None
+        keep = self.begun(data)
+        self.write(data[: len(data) - keep])
+        self.held = data[len(data) - keep :]
+        return True
+
+    def begun(self, data):
+        """How many bytes at the end of `data` may be the token's beginning."""
+        for n in range(min(len(self.token) - 1, len(data)), 0, -1):
+            if data.endswith(self.token[:n]):
+                return n
+        return 0
+
+    def write(self, data):
+        self.sink.write(data)
+        self.sink.flush()
+
+
+def die_with_parent():
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def follow(streams, machine, deadline):
+    """The exit code, once every stream has ended, or the reason why there is none."""
+    selector = selectors.DefaultSelector()
+    for stream in streams:
+        selector.register(stream.here, selectors.EVENT_READ, stream)
+    while selector.get_map():
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            return TIMEOUT
+        for key, _ in selector.select(left):
+            if not key.data.read():
+                selector.unregister(key.fileobj)
+    codes = {stream.code for stream in streams}
+    return NO_ANSWER if None in codes else codes.pop()
+
+
+def run(options, unpack):
+    token = options.token.encode()
+    streams = [Stream("stdout", sys.stdout.buffer, token), Stream("stderr", sys.stderr.buffer, token)]
+    if unpack:
+        streams.append(Stream("out", unpack.stdin, token))
+    command = list(options.qemu)
+    for stream in streams:
+        command += stream.arguments()
+    deadline = time.monotonic() + options.timeout if options.timeout else None
+    with open(options.console + ".qemu", "w+b") as errors:
+        machine = subprocess.Popen(
+            command,
+            stdin=None if options.tty else subprocess.DEVNULL,
+            stdout=None if options.tty else errors,
+            stderr=errors,
+            pass_fds=[stream.there.fileno() for stream in streams],
+            preexec_fn=die_with_parent,
+        )
+        for stream in streams:
+            stream.there.close()
+        try:
+            code = follow(streams, machine, deadline)
+        finally:
+            machine.kill()
+            machine.wait()
+    if code == TIMEOUT and None in {stream.code for stream in streams}:
+        complain(f"no end after {options.timeout} s", options.console)
+    elif code == NO_ANSWER and None in {stream.code for stream in streams}:
+        complain("the machine ended without an answer", options.console)
+    return code
+
+
+def complain(what, console):
+    print(f"testbed: {what}; the end of its console:", file=sys.stderr)
+    for path in (console, console + ".qemu"):
+        if os.path.exists(path):
+            with open(path, errors="replace") as text:
+                sys.stderr.writelines("  | " + line for line in text.readlines()[-CONSOLE_TAIL_LINES:])
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--token", required=True, help="what ends a stream")
+    parser.add_argument("--console", required=True, help="file that QEMU writes the kernel's console to")
+    parser.add_argument("--timeout", type=float, help="seconds")
+    parser.add_argument("--out", help="directory for the files that the machine left in /out")
+    parser.add_argument("--tty", action="store_true", help="the machine's terminal is ours")
+    parser.add_argument("--remove", help="directory to remove at the end")
+    parser.add_argument("qemu", nargs="+")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
+    # A reader that went away must not leave the machine running: let the write fail instead.
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    terminal = subprocess.run(["stty", "-g"], stdout=subprocess.PIPE).stdout.strip() if options.tty else None
+    unpack = None
+    try:
+        if options.out:
+            os.makedirs(options.out, exist_ok=True)
+            unpack = subprocess.Popen(["tar", "-x", "-C", options.out], stdin=subprocess.PIPE)
+        code = run(options, unpack)
+        if unpack:
+            unpack.stdin.close()
+            if unpack.wait() != 0 and code == 0:
+                code = NO_ANSWER
+        sys.exit(code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+    finally:
+        if terminal:
+            subprocess.run(["stty", terminal])
+        if options.remove:
+            shutil.rmtree(options.remove, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
