@@ -1,0 +1,262 @@
+//! libkrun, and nothing else: the calls of its C interface behind a safe [`Vm`].
+//!
+//! What a machine has, in the order of libkrun's devices:
+//!
+//! ```text
+//!  balloon, rng       libkrun's own, always there
+//!  hvc0               console, out to descriptor 6
+//!  virtiofs           "/dev/root": no directory of the host's, only the agent and mount points, from memory
+//!  virtiofs …         the shares
+//!  virtio-blk …       the disks
+//!  vsock              the guest dials, libkrun connects to a UNIX socket; no TSI
+//! ```
+//!
+//! Sources of what is said here about libkrun: crate `libkrun` 1.19.7, src/lib.rs, and `krun-vmm`, src/builder.rs. It
+//! ends the process by itself when the guest does; status 0 says nothing, because a panic of the guest's is a reset.
+#![expect(unsafe_code, reason = "libkrun's interface takes C strings and pointers")]
+
+use std::convert::Infallible;
+use std::ffi::{CString, NulError};
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::ptr;
+
+use krun as sys;
+use nacelle_protocol::vm::CONSOLE_FD;
+use rustix::fs::{Access, AtFlags, CWD, accessat};
+use thiserror::Error;
+
+use crate::log;
+use crate::plan::{Disk, Machine, Share};
+
+/// virtiofs tag of the root; the kernel looks for that name.
+const ROOT_TAG: &std::ffi::CStr = c"/dev/root";
+
+/// Where the kernel finds PID 1, see the command line in [`crate::plan`].
+const INIT: &std::ffi::CStr = c"/init.krun";
+
+/// Directories of the root. It can hold nothing else, so the agent mounts on these and moves to a root of its own.
+const MOUNT_POINTS: [&std::ffi::CStr; 7] = [c"/dev", c"/proc", c"/sys", c"/run", c"/tmp", c"/mnt", c"/newroot"];
+
+/// `krun_set_kernel`: an ELF image.
+const KERNEL_FORMAT_ELF: u32 = 1;
+/// `krun_add_disk3`: a raw image.
+const DISK_FORMAT_RAW: u32 = 0;
+/// `krun_add_disk3`: the guest is offered no flush.
+const SYNC_NONE: u32 = 0;
+/// `krun_add_disk3`: a flush is an fsync of the image.
+const SYNC_FULL: u32 = 2;
+
+/// Why the machine did not start.
+#[derive(Debug, Error)]
+pub enum KrunError {
+    /// The agent cannot be read.
+    #[error("read agent {0}")]
+    Agent(String, #[source] io::Error),
+    /// The sandbox's ids do not allow what the machine needs.
+    #[error("reach {0} as the sandbox's user")]
+    Reach(String, #[source] io::Error),
+    /// A path or the command line holds a zero byte.
+    #[error("pass text to libkrun")]
+    Text(#[from] NulError),
+    /// A call failed.
+    #[error("call {call}: {}", why(.reason))]
+    Call {
+        /// The function.
+        call: &'static str,
+        /// The error that libkrun logged last.
+        reason: Option<String>,
+        #[source]
+        /// What it returned.
+        source: io::Error,
+    },
+}
+
+fn why(reason: &Option<String>) -> &str {
+    reason.as_deref().unwrap_or("libkrun gives no reason")
+}
+
+/// The agent's bytes, mapped from its file: one copy in the page cache serves all sandboxes of a node.
+///
+/// The file must not be written in place while a sandbox runs; an upgrade puts a new file in its place, as package
+/// managers do.
+#[derive(Debug)]
+pub struct Agent {
+    start: *const u8,
+    len: usize,
+}
+
+impl Agent {
+    /// Maps the agent, for as long as the process lives.
+    ///
+    /// # Errors
+    /// [`KrunError::Agent`], also where the file is no ELF executable.
+    pub fn map(path: &Path) -> Result<Self, KrunError> {
+        let failed = |error| KrunError::Agent(path.display().to_string(), error);
+        let file = File::open(path).map_err(failed)?;
+        let meta = file.metadata().map_err(failed)?;
+        if !meta.is_file() || meta.len() == 0 {
+            return Err(failed(io::Error::new(io::ErrorKind::InvalidData, "it is empty or no regular file")));
+        }
+        let len = usize::try_from(meta.len()).map_err(|e| failed(io::Error::other(e)))?;
+        let mut magic = [0; 4];
+        io::Read::read_exact(&mut &file, &mut magic).map_err(failed)?;
+        if magic != *b"\x7fELF" {
+            return Err(failed(io::Error::new(io::ErrorKind::InvalidData, "it is no ELF executable")));
+        }
+        // SAFETY: a new private, read-only mapping of an open file at an address of the kernel's choice overlaps nothing.
+        let start =
+            unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_READ, libc::MAP_PRIVATE, file.as_raw_fd(), 0) };
+        if start == libc::MAP_FAILED {
+            return Err(failed(io::Error::last_os_error()));
+        }
+        Ok(Self { start: start.cast(), len })
+    }
+}
+
+/// A machine that has not started yet.
+#[derive(Debug)]
+pub struct Vm {
+    machine: Machine,
+    agent: Agent,
+}
+
+impl Vm {
+    /// A machine with `agent` as PID 1. Paths are looked up when it starts, inside the jail.
+    pub fn new(machine: Machine, agent: Agent) -> Self {
+        Self { machine, agent }
+    }
+
+    /// Becomes the machine: libkrun takes this thread, starts more, and ends the process when the guest ends.
+    ///
+    /// # Errors
+    /// [`KrunError`], before the guest has run.
+    pub fn start(self) -> Result<Infallible, KrunError> {
+        let Self { machine, agent } = self;
+        reach(&machine)?;
+        let ctx = done("krun_create_ctx", sys::krun_create_ctx())?.unsigned_abs();
+        done("krun_set_vm_config", sys::krun_set_vm_config(ctx, machine.vcpus, machine.memory_mib))?;
+        set_kernel(ctx, &machine)?;
+        set_console(ctx)?;
+        add_root(ctx, &agent)?;
+        machine.shares.iter().try_for_each(|share| add_share(ctx, share))?;
+        machine.disks.iter().try_for_each(|disk| add_disk(ctx, disk))?;
+        add_sockets(ctx, &machine.sockets)?;
+        let status = sys::krun_start_enter(ctx);
+        // It does not return but with an error; a zero would be one, too.
+        Err(failed("krun_start_enter", if status < 0 { status } else { -libc::EPROTO }))
+    }
+}
+
+/// libkrun opens what follows only when the machine is half built, or when the guest asks. Tell now, and by name.
+fn reach(machine: &Machine) -> Result<(), KrunError> {
+    let change = |read_only| if read_only { Access::READ_OK } else { Access::READ_OK | Access::WRITE_OK };
+    let kernel = [(machine.kernel.as_str(), Access::READ_OK), ("/dev/kvm", change(false))];
+    let disks = machine.disks.iter().map(|disk| (disk.path.as_str(), change(disk.read_only)));
+    let shares = machine.shares.iter().map(|share| (share.path.as_str(), Access::EXEC_OK));
+    let sockets = machine.sockets.iter().map(|(_, path)| (path.as_str(), Access::WRITE_OK));
+    for (path, access) in kernel.into_iter().chain(disks).chain(shares).chain(sockets) {
+        accessat(CWD, path, access, AtFlags::empty()).map_err(|e| KrunError::Reach(path.to_owned(), e.into()))?;
+    }
+    Ok(())
+}
+
+fn set_kernel(ctx: u32, machine: &Machine) -> Result<(), KrunError> {
+    let kernel = CString::new(machine.kernel.as_str())?;
+    let line = CString::new(machine.command_line.as_str())?;
+    // SAFETY: both strings outlive the call, which copies them; a null initrd means that there is none.
+    let status = unsafe { sys::krun_set_kernel(ctx, kernel.as_ptr(), KERNEL_FORMAT_ELF, ptr::null(), line.as_ptr()) };
+    done("krun_set_kernel", status).map(drop)
+}
+
+/// The implicit console is the one whose output libkrun takes from a file byte by byte; of a console made explicitly,
+/// hvc0 goes to the log unless it is a terminal. The path is opened when the machine is built.
+fn set_console(ctx: u32) -> Result<(), KrunError> {
+    let path = CString::new(format!("/proc/self/fd/{CONSOLE_FD}"))?;
+    // SAFETY: the string outlives the call, which copies it.
+    done("krun_set_console_output", unsafe { sys::krun_set_console_output(ctx, path.as_ptr()) }).map(drop)
+}
+
+fn add_root(ctx: u32, agent: &Agent) -> Result<(), KrunError> {
+    done("krun_disable_implicit_init", sys::krun_disable_implicit_init(ctx))?;
+    // SAFETY: the tag is a constant; a null path means that no directory of the host is served.
+    done("krun_add_virtiofs4", unsafe { sys::krun_add_virtiofs4(ctx, ROOT_TAG.as_ptr(), ptr::null(), 0, false, 0) })?;
+    // SAFETY: the strings are constants, and the bytes stay mapped until the process ends (see `Agent`): libkrun does
+    // not copy them. The entry is not "one shot", because the kernel reads the pages of PID 1 as it needs them.
+    done("krun_fs_add_overlay_file", unsafe {
+        sys::krun_fs_add_overlay_file(ctx, ROOT_TAG.as_ptr(), INIT.as_ptr(), agent.start, agent.len, 0o555, false)
+    })?;
+    for dir in MOUNT_POINTS {
+        // SAFETY: the strings are constants.
+        done("krun_fs_add_overlay_dir", unsafe {
+            sys::krun_fs_add_overlay_dir(ctx, ROOT_TAG.as_ptr(), dir.as_ptr(), 0o755)
+        })?;
+    }
+    Ok(())
+}
+
+/// No DAX window, ever: libkrun checks its bounds with an addition that a guest can make overflow.
+fn add_share(ctx: u32, share: &Share) -> Result<(), KrunError> {
+    let (tag, path) = (CString::new(share.tag.as_str())?, CString::new(share.path.as_str())?);
+    // SAFETY: both strings outlive the call, which copies them.
+    done("krun_add_virtiofs4", unsafe {
+        sys::krun_add_virtiofs4(ctx, tag.as_ptr(), path.as_ptr(), 0, share.read_only, 0)
+    })
+    .map(drop)
+}
+
+/// Through the host's page cache, which is where a freshly made upper is already. A flush costs an fsync of the host's:
+/// it is offered for what outlives the sandbox only. Without it the guest sees a disk that has no volatile cache, and
+/// what it wrote is as safe as any file of the host's page cache against the death of this process.
+fn add_disk(ctx: u32, disk: &Disk) -> Result<(), KrunError> {
+    let (serial, path) = (CString::new(disk.serial.as_str())?, CString::new(disk.path.as_str())?);
+    let sync = if disk.ephemeral || disk.read_only { SYNC_NONE } else { SYNC_FULL };
+    // SAFETY: both strings outlive the call, which copies them.
+    done("krun_add_disk3", unsafe {
+        sys::krun_add_disk3(ctx, serial.as_ptr(), path.as_ptr(), DISK_FORMAT_RAW, disk.read_only, false, sync)
+    })
+    .map(drop)
+}
+
+/// libkrun's implicit vsock would carry the guest's network, and tell the kernel so; ours has ports only.
+fn add_sockets(ctx: u32, sockets: &[(u32, String)]) -> Result<(), KrunError> {
+    done("krun_disable_implicit_vsock", sys::krun_disable_implicit_vsock(ctx))?;
+    done("krun_add_vsock", sys::krun_add_vsock(ctx, 0))?;
+    for (port, path) in sockets {
+        let path = CString::new(path.as_str())?;
+        // SAFETY: the string outlives the call, which copies it.
+        done("krun_add_vsock_port2", unsafe { sys::krun_add_vsock_port2(ctx, *port, path.as_ptr(), false) })?;
+    }
+    Ok(())
+}
+
+fn done(call: &'static str, status: i32) -> Result<i32, KrunError> {
+    if status < 0 { Err(failed(call, status)) } else { Ok(status) }
+}
+
+fn failed(call: &'static str, status: i32) -> KrunError {
+    let source = io::Error::from_raw_os_error(status.saturating_neg());
+    KrunError::Call { call, reason: log::last_error(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_agent_is_an_executable() {
+        let dir = tempfile::tempdir().expect("directory");
+        let path = dir.path().join("agent");
+        let map = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).expect("write");
+            Agent::map(&path)
+        };
+        assert!(map(b"").is_err());
+        assert!(map(b"#!/bin/sh\n").is_err());
+        assert_eq!(map(b"\x7fELF and more").expect("map").len, 13);
+        assert!(Agent::map(dir.path()).is_err());
+        assert!(Agent::map(&dir.path().join("none")).is_err());
+    }
+}

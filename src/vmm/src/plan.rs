@@ -1,0 +1,463 @@
+//! From a [`VmConfig`] to two plans: what goes into the jail, and the machine that libkrun builds from it.
+//!
+//! libkrun answers almost every mistake with `-EINVAL`, panics on a few, and ignores the rest. So everything it could
+//! dislike is refused here, with a name; what a [`Plan`] contains has been checked. Pure: no file is touched.
+//!
+//! ```text
+//!  inside the jail          from
+//!  /kernel                  VmConfig::kernel
+//!  /share/<tag>             VmConfig::shares
+//!  /disk/<serial>           VmConfig::disks
+//!  /socket/<port>           VmConfig::sockets
+//!  /dev/kvm, /proc          made by the jail
+//! ```
+
+use std::collections::BTreeSet;
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+
+use nacelle_protocol::GENERATION;
+use nacelle_protocol::agent::UPPER_SERIAL;
+use nacelle_protocol::vm::{Jail, VmConfig};
+use thiserror::Error;
+
+/// virtio-mmio devices that libkrun can attach: one interrupt line each, 5 to 15 (`krun-arch`, x86_64/layout.rs).
+#[cfg(target_arch = "x86_64")]
+pub const MAX_DEVICES: usize = 11;
+/// virtio-mmio devices that libkrun can attach, kept equal to x86_64's so that a configuration fits both.
+#[cfg(not(target_arch = "x86_64"))]
+pub const MAX_DEVICES: usize = 11;
+
+/// Devices that every machine has: balloon and rng (libkrun adds them always), console, root file system, vsock.
+pub const FIXED_DEVICES: usize = 5;
+
+/// Bytes that Linux keeps of its command line (`COMMAND_LINE_SIZE`), the terminating zero included.
+const COMMAND_LINE_SIZE: usize = 2048;
+
+/// What libkrun adds to the command line for a device: ` virtio_mmio.device=4K@0xd0000000:15`.
+const DEVICE_WORD: usize = 36;
+
+/// What libkrun adds around our command line: five spaces in front of the devices and ` -- ` behind them.
+const COMMAND_LINE_FRAME: usize = 16;
+
+/// The kernel's command line, but for `kernel_args` and what libkrun appends.
+///
+/// Every word has a reason: the console is hvc0 and there is no other, so nothing is probed for; `quiet` keeps boot
+/// messages off a slow console and lets errors through; `reboot=k` and `panic=-1` make both a reboot and a panic pulse
+/// the keyboard controller, which is the one way out of the machine that libkrun watches on x86_64; `no-kvmapf` because
+/// libkrun takes no asynchronous page faults; the root is the virtiofs whose tag is `/dev/root`, which is the name that
+/// Linux looks for where no `root=` is given.
+const COMMAND_LINE: &str = "console=hvc0 quiet reboot=k panic=-1 no-kvmapf rootfstype=virtiofs rw init=/init.krun";
+
+/// Smallest guest that is worth starting, in MiB: the kernel alone takes some 40.
+pub const MIN_MEMORY_MIB: u32 = 64;
+
+/// What is wrong with a [`VmConfig`].
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum PlanError {
+    /// It was written for another build.
+    #[error("read configuration: generation {0}, expected {GENERATION}")]
+    Generation(u32),
+    /// No virtual CPU, or too little memory.
+    #[error("plan machine: {0}")]
+    Machine(String),
+    /// More devices than libkrun has interrupt lines.
+    #[error("plan devices: {shares} shares and {disks} disks need {} devices, and there are {MAX_DEVICES}",
+            shares + disks + FIXED_DEVICES)]
+    Devices {
+        /// Shares asked for.
+        shares: usize,
+        /// Disks asked for.
+        disks: usize,
+    },
+    /// A tag or serial number has the wrong length or characters.
+    #[error("plan {kind} {name:?}: a name is 1 to {max} of a-z, 0-9 and -")]
+    Name {
+        /// `share` or `disk`.
+        kind: &'static str,
+        /// The name.
+        name: String,
+        /// Longest name that the device can carry, in bytes.
+        max: usize,
+    },
+    /// Two devices or sockets of the same name.
+    #[error("plan {kind} {name}: it is there twice")]
+    Twice {
+        /// `share`, `disk` or `socket`.
+        kind: &'static str,
+        /// The name or the port.
+        name: String,
+    },
+    /// A word for the kernel that would be read as something else.
+    #[error("plan kernel argument {0:?}: a word is printable ASCII without spaces and quotes, and not --")]
+    KernelArgument(String),
+    /// The command line is longer than the kernel reads.
+    #[error("plan kernel arguments: {0} bytes too many for the kernel's command line")]
+    CommandLine(usize),
+    /// A path of the host is not absolute.
+    #[error("plan {kind}: path {path} is not absolute", path = .path.display())]
+    Relative {
+        /// What the path is for.
+        kind: &'static str,
+        /// The path.
+        path: PathBuf,
+    },
+    /// The range of ids is empty, holds root, or does not fit.
+    #[error("plan jail: {count} ids from {base} on are no range of a sandbox")]
+    Ids {
+        /// First id.
+        base: u32,
+        /// How many.
+        count: u32,
+    },
+}
+
+/// What something inside the jail is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A directory with every mount below it, also later ones.
+    Directory,
+    /// One regular file. Its siblings stay outside.
+    File,
+    /// One listening UNIX socket.
+    Socket,
+}
+
+/// Whose the files of an [`Entry`] are inside the jail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ids {
+    /// As on the host: what others may do is all that the VMM may do.
+    Host,
+    /// Mapped, if the file system can: id N on the disk is id N of the guest's.
+    Mapped,
+    /// Mapped, unless the file belongs to the sandbox's range already.
+    Owned,
+}
+
+/// One thing of the host that appears inside the jail.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Where it is on the host.
+    pub source: PathBuf,
+    /// Where it is in the jail, relative to the jail's root.
+    pub inside: PathBuf,
+    /// What it has to be.
+    pub kind: Kind,
+    /// Mounted read-only.
+    pub read_only: bool,
+    /// Whose it is.
+    pub ids: Ids,
+}
+
+/// A share of the machine's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// virtiofs tag.
+    pub tag: String,
+    /// Path inside the jail.
+    pub path: String,
+    /// Every change is refused by libkrun, too.
+    pub read_only: bool,
+}
+
+/// A disk of the machine's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// Serial number.
+    pub serial: String,
+    /// Path inside the jail.
+    pub path: String,
+    /// Offered read-only.
+    pub read_only: bool,
+    /// It dies with the sandbox, so a flush by the guest has nothing to protect.
+    pub ephemeral: bool,
+}
+
+/// The machine, by names that are good inside the jail.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Machine {
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// RAM in MiB.
+    pub memory_mib: u32,
+    /// Path of the kernel.
+    pub kernel: String,
+    /// The kernel's command line.
+    pub command_line: String,
+    /// virtiofs devices after the root.
+    pub shares: Vec<Share>,
+    /// virtio-blk devices.
+    pub disks: Vec<Disk>,
+    /// Ports that the guest may dial, and the sockets behind them.
+    pub sockets: Vec<(u32, String)>,
+}
+
+/// A checked [`VmConfig`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    /// Name of the sandbox.
+    pub sandbox: String,
+    /// Limits, ids and namespaces.
+    pub jail: Jail,
+    /// What goes into the jail.
+    pub entries: Vec<Entry>,
+    /// The machine.
+    pub machine: Machine,
+    /// The guest may own files of the host's: a share with mapped ids is there.
+    pub owns_files: bool,
+}
+
+impl Plan {
+    /// Checks a configuration.
+    ///
+    /// # Errors
+    /// [`PlanError`] names the first thing that is wrong.
+    pub fn new(config: &VmConfig) -> Result<Self, PlanError> {
+        if config.generation != GENERATION {
+            return Err(PlanError::Generation(config.generation));
+        }
+        if config.vcpus == 0 {
+            return Err(PlanError::Machine("it has no virtual CPU".into()));
+        }
+        if config.memory_mib < MIN_MEMORY_MIB {
+            return Err(PlanError::Machine(format!(
+                "{} MiB of memory are less than {MIN_MEMORY_MIB}",
+                config.memory_mib
+            )));
+        }
+        let (shares, disks) = (config.shares.len(), config.disks.len());
+        if shares + disks + FIXED_DEVICES > MAX_DEVICES {
+            return Err(PlanError::Devices { shares, disks });
+        }
+        check_jail(&config.jail)?;
+
+        let mut entries = vec![entry("kernel", &config.kernel, "kernel".into(), Kind::File, true, Ids::Host)?];
+        let mut machine = Machine {
+            vcpus: config.vcpus,
+            memory_mib: config.memory_mib,
+            kernel: "/kernel".into(),
+            command_line: command_line(&config.kernel_args, FIXED_DEVICES + shares + disks)?,
+            shares: Vec::with_capacity(shares),
+            disks: Vec::with_capacity(disks),
+            sockets: Vec::with_capacity(config.sockets.len()),
+        };
+        let mut names = BTreeSet::new();
+        for share in &config.shares {
+            // The tag's field in the device's configuration; libkrun copies without looking.
+            check_name("share", &share.tag, 36)?;
+            once(&mut names, "share", &share.tag)?;
+            let inside = format!("share/{}", share.tag);
+            let ids = if share.idmap { Ids::Mapped } else { Ids::Host };
+            machine.shares.push(Share {
+                tag: share.tag.clone(),
+                path: format!("/{inside}"),
+                read_only: share.read_only,
+            });
+            entries.push(entry("share", &share.source, inside, Kind::Directory, share.read_only, ids)?);
+        }
+        for disk in &config.disks {
+            // VIRTIO_BLK_ID_BYTES; libkrun cuts what is longer.
+            check_name("disk", &disk.serial, 20)?;
+            once(&mut names, "disk", &disk.serial)?;
+            let inside = format!("disk/{}", disk.serial);
+            machine.disks.push(Disk {
+                serial: disk.serial.clone(),
+                path: format!("/{inside}"),
+                read_only: disk.read_only,
+                ephemeral: disk.serial == UPPER_SERIAL,
+            });
+            entries.push(entry("disk", &disk.source, inside, Kind::File, disk.read_only, Ids::Owned)?);
+        }
+        for socket in &config.sockets {
+            once(&mut names, "socket", &socket.port)?;
+            let inside = format!("socket/{}", socket.port);
+            machine.sockets.push((socket.port, format!("/{inside}")));
+            entries.push(entry("socket", &socket.source, inside, Kind::Socket, false, Ids::Owned)?);
+        }
+        Ok(Self {
+            sandbox: config.sandbox.as_str().to_owned(),
+            jail: config.jail.clone(),
+            entries,
+            machine,
+            owns_files: config.shares.iter().any(|share| share.idmap),
+        })
+    }
+}
+
+fn check_jail(jail: &Jail) -> Result<(), PlanError> {
+    absolute("jail root", &jail.root)?;
+    jail.netns.iter().try_for_each(|path| absolute("network namespace", path))?;
+    jail.cgroups.iter().try_for_each(|path| absolute("cgroup", path))?;
+    // 4294967295 is "no id" to the kernel, so no range may reach it.
+    let (base, count) = (jail.uid_base, jail.uid_count);
+    let fits = base.checked_add(count).is_some();
+    if base == 0 || count == 0 || !fits { Err(PlanError::Ids { base, count }) } else { Ok(()) }
+}
+
+fn entry(
+    kind_name: &'static str,
+    source: &Path,
+    inside: String,
+    kind: Kind,
+    read_only: bool,
+    ids: Ids,
+) -> Result<Entry, PlanError> {
+    absolute(kind_name, source)?;
+    Ok(Entry { source: source.to_owned(), inside: inside.into(), kind, read_only, ids })
+}
+
+fn absolute(kind: &'static str, path: &Path) -> Result<(), PlanError> {
+    if path.is_absolute() { Ok(()) } else { Err(PlanError::Relative { kind, path: path.to_owned() }) }
+}
+
+fn check_name(kind: &'static str, name: &str, max: usize) -> Result<(), PlanError> {
+    let ok = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    if (1..=max).contains(&name.len()) && name.bytes().all(ok) {
+        Ok(())
+    } else {
+        Err(PlanError::Name { kind, name: name.chars().take(80).collect(), max })
+    }
+}
+
+fn once(seen: &mut BTreeSet<(&'static str, String)>, kind: &'static str, name: &impl Display) -> Result<(), PlanError> {
+    let name = name.to_string();
+    if seen.insert((kind, name.clone())) { Ok(()) } else { Err(PlanError::Twice { kind, name }) }
+}
+
+fn command_line(words: &[String], devices: usize) -> Result<String, PlanError> {
+    let mut line = String::from(COMMAND_LINE);
+    for word in words {
+        // A quote would join words, and what follows `--` goes to init instead of the kernel.
+        let ok = |b: u8| b.is_ascii_graphic() && b != b'"';
+        if word.is_empty() || word == "--" || !word.bytes().all(ok) {
+            return Err(PlanError::KernelArgument(word.chars().take(80).collect()));
+        }
+        line.push(' ');
+        line.push_str(word);
+    }
+    let whole = line.len() + COMMAND_LINE_FRAME + devices * DEVICE_WORD + 1;
+    match whole.checked_sub(COMMAND_LINE_SIZE) {
+        None | Some(0) => Ok(line),
+        Some(excess) => Err(PlanError::CommandLine(excess)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nacelle_protocol::ids::SandboxId;
+    use nacelle_protocol::vm;
+
+    use super::*;
+
+    fn config() -> VmConfig {
+        VmConfig {
+            generation: GENERATION,
+            sandbox: SandboxId::new("pod-1").expect("id"),
+            vcpus: 1,
+            memory_mib: 128,
+            kernel: "/k".into(),
+            agent: "/a".into(),
+            kernel_args: vec!["loglevel=7".into()],
+            shares: vec![share("layers")],
+            disks: vec![disk("upper")],
+            sockets: vec![vm::Socket { port: 1024, source: "/s".into() }],
+            jail: Jail {
+                root: "/run/j".into(),
+                uid_base: 100_000,
+                uid_count: 65_536,
+                netns: None,
+                cgroups: Vec::new(),
+                max_files: 1024,
+            },
+        }
+    }
+
+    fn share(tag: &str) -> vm::Share {
+        vm::Share { tag: tag.into(), source: "/l".into(), read_only: true, idmap: false }
+    }
+
+    fn disk(serial: &str) -> vm::Disk {
+        vm::Disk { serial: serial.into(), source: "/d".into(), read_only: false }
+    }
+
+    #[test]
+    fn names_inside_the_jail() {
+        let plan = Plan::new(&config()).expect("plan");
+        let inside: Vec<_> = plan.entries.iter().map(|e| e.inside.to_str().expect("text")).collect();
+        assert_eq!(inside, ["kernel", "share/layers", "disk/upper", "socket/1024"]);
+        assert_eq!(plan.machine.disks[0].path, "/disk/upper");
+        assert!(plan.machine.disks[0].ephemeral);
+        assert!(plan.machine.command_line.ends_with("init=/init.krun loglevel=7"));
+        assert!(!plan.owns_files);
+    }
+
+    #[test]
+    fn eleven_devices_fit_and_twelve_do_not() {
+        let mut c = config();
+        c.shares = vec![share("a"), share("b"), share("c")];
+        c.disks = vec![disk("a"), disk("b"), disk("c")];
+        assert!(Plan::new(&c).is_ok());
+        c.disks.push(disk("d"));
+        assert_eq!(Plan::new(&c), Err(PlanError::Devices { shares: 3, disks: 4 }));
+    }
+
+    #[test]
+    fn what_libkrun_would_cut_or_panic_on_is_refused() {
+        for bad in ["", "Upper", "a/b", "..", &"x".repeat(21)] {
+            let mut c = config();
+            c.disks = vec![disk(bad)];
+            assert!(matches!(Plan::new(&c), Err(PlanError::Name { kind: "disk", .. })), "{bad}");
+        }
+        let mut c = config();
+        c.shares = vec![share(&"x".repeat(37))];
+        assert!(matches!(Plan::new(&c), Err(PlanError::Name { kind: "share", .. })));
+        for bad in ["", "--", "a b", "a\"b", "ä", "a\n"] {
+            let mut c = config();
+            c.kernel_args = vec![bad.into()];
+            assert!(matches!(Plan::new(&c), Err(PlanError::KernelArgument(_))), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_leaves_room_for_the_devices() {
+        let mut c = config();
+        let room = COMMAND_LINE_SIZE - 1 - COMMAND_LINE.len() - COMMAND_LINE_FRAME - 7 * DEVICE_WORD;
+        c.kernel_args = vec!["x".repeat(room - 1)];
+        assert!(Plan::new(&c).is_ok());
+        c.kernel_args = vec!["x".repeat(room)];
+        assert_eq!(Plan::new(&c), Err(PlanError::CommandLine(1)));
+    }
+
+    #[test]
+    fn names_are_used_once() {
+        let mut c = config();
+        c.disks.push(disk("upper"));
+        assert!(matches!(Plan::new(&c), Err(PlanError::Twice { kind: "disk", .. })));
+        let mut c = config();
+        c.sockets.push(c.sockets[0].clone());
+        assert!(matches!(Plan::new(&c), Err(PlanError::Twice { kind: "socket", .. })));
+    }
+
+    #[test]
+    fn root_of_the_host_is_no_sandbox() {
+        for (base, count) in [(0, 65_536), (100_000, 0), (u32::MAX - 1, 2)] {
+            let mut c = config();
+            (c.jail.uid_base, c.jail.uid_count) = (base, count);
+            assert_eq!(Plan::new(&c), Err(PlanError::Ids { base, count }));
+        }
+    }
+
+    #[test]
+    fn paths_are_absolute() {
+        let mut c = config();
+        c.shares[0].source = "etc".into();
+        assert!(matches!(Plan::new(&c), Err(PlanError::Relative { kind: "share", .. })));
+    }
+
+    #[test]
+    fn another_generation_is_refused() {
+        let mut c = config();
+        c.generation += 1;
+        assert_eq!(Plan::new(&c), Err(PlanError::Generation(GENERATION + 1)));
+    }
+}
