@@ -1,0 +1,408 @@
+//! The store of converted layers.
+//!
+//! ```text
+//!  <root>/layers/erofs-v1/          mode 0700: images hold files that users of the node must not read
+//!      <key>.erofs                  the image, mode 0444, immutable; linked into each pod that uses it
+//!      <key>.json                   sidecar: source, digest, stamp; its modification time is the last use
+//!      <key>.lock                   held while the image is built, checked in full or collected
+//!      <key>.tmp                    an image being built; whoever gets the lock may remove it
+//!
+//!  hit:   sidecar → open image → shared lock on the image → stamp agrees
+//!  miss:  build lock → look again → <key>.tmp → fsync → sidecar → rename
+//! ```
+//!
+//! Invariants:
+//! - A key names one state of one directory (path, file system, inode, birth and change time) and one writer version, so a
+//!   reused snapshot directory never finds its predecessor's image.
+//! - An image appears under its name complete and synced, or not at all. The sidecar is not synced: without a good one the image
+//!   counts as suspicious and is built again.
+//! - Who holds a [`Layer`] holds a shared lock on its image, and each pod's hard link counts: neither is ever collected.
+//! - Nobody waits for a lock while holding another builder's, so builders cannot block each other for ever.
+
+mod collect;
+mod sidecar;
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{AtFlags, CWD, FallocateFlags};
+use rustix::io::Errno;
+
+pub use collect::{Cached, Collected, Verdict};
+
+use crate::Limits;
+use crate::erofs::format::{SUPER_OFFSET, SUPER_SIZE, SuperBlock};
+use crate::erofs::writer::{Plan, WriteError, Written};
+use crate::layer::{self, LayerError};
+use crate::lock::{self, Lock};
+use crate::plan::{Lower, RootfsPlan};
+use crate::tree::Tree;
+use sidecar::{Sidecar, Stamp, key_of};
+
+/// Why the cache cannot give a layer.
+#[derive(Debug, thiserror::Error)]
+pub enum CacheError {
+    /// A lower of the plan does not exist or is of the wrong kind.
+    #[error("find lower {path}")]
+    Lower {
+        /// The directory or image.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A snapshot cannot be read.
+    #[error(transparent)]
+    Layer(#[from] LayerError),
+    /// A snapshot cannot be made into an image.
+    #[error("convert layer {layer}")]
+    Convert {
+        /// The snapshot.
+        layer: PathBuf,
+        /// Cause.
+        #[source]
+        source: WriteError,
+    },
+    /// A ready image is none that the guest could mount.
+    #[error("use image {path}: {what}")]
+    Image {
+        /// The image.
+        path: PathBuf,
+        /// What is wrong.
+        what: &'static str,
+    },
+    /// An image and a pod's directory are on different file systems.
+    #[error("link image {image} to {to}: they must be on one file system")]
+    OtherFileSystem {
+        /// The image.
+        image: PathBuf,
+        /// The wanted name.
+        to: PathBuf,
+    },
+    /// A file of the cache or the scratch directory.
+    #[error("{what} {path}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn failed<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> CacheError + use<'a> {
+    move |source| CacheError::Io { what, path: path.into(), source }
+}
+
+/// How a layer was come by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It was in the cache.
+    Hit,
+    /// It was converted and published.
+    Built,
+    /// The cached image was damaged; it was converted again.
+    Rebuilt,
+    /// It was converted for this container only.
+    Ephemeral,
+    /// It was an image already.
+    Ready,
+}
+
+/// An image that can be used as a lower. While the value lives, the image is not collected.
+#[derive(Debug)]
+pub struct Layer {
+    /// The image.
+    pub path: PathBuf,
+    /// What it is called in the cache; unique for images outside it too.
+    pub key: String,
+    /// Bytes.
+    pub size: u64,
+    /// How it was come by.
+    pub outcome: Outcome,
+    /// Time it took, waiting for another builder included.
+    pub took: Duration,
+    file: File,
+    opaque: bool,
+}
+
+/// The store; opening it is cheap.
+#[derive(Debug)]
+pub struct Cache {
+    dir: PathBuf,
+    limits: Limits,
+}
+
+impl Cache {
+    /// Opens the store below `root` (as in `/var/lib/nacelle`), creating it when needed and removing what builders left that died.
+    pub fn open(root: &Path, limits: Limits) -> Result<Cache, CacheError> {
+        let layers = root.join("layers");
+        let dir = layers.join("erofs-v1");
+        fs::create_dir_all(root).map_err(failed("create directory", root))?;
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(failed("create directory", &dir))?;
+        let cache = Cache { dir, limits };
+        cache.remove_leftovers()?;
+        Ok(cache)
+    }
+
+    /// Gives the plan's layers, bottom first, converting what is missing on up to `threads` threads. Writable lowers are
+    /// converted into `scratch`, which must exist and belongs to the caller. An empty upper is left out, and so is everything
+    /// below a layer whose root is opaque.
+    pub fn acquire_all(&self, plan: &RootfsPlan, scratch: &Path, threads: usize) -> Result<Vec<Layer>, CacheError> {
+        let mut layers: Vec<Option<Layer>> = Vec::with_capacity(plan.lowers.len());
+        let mut missing = Vec::new();
+        for (index, lower) in plan.lowers.iter().enumerate() {
+            let layer = match lower {
+                Lower::Snapshot(dir) => self.cached(dir)?,
+                Lower::Image(image) => Some(ready(image)?),
+                Lower::Writable(_) | Lower::Upper(_) => None,
+            };
+            if layer.is_none() && !(matches!(lower, Lower::Upper(_)) && is_empty(lower.source())?) {
+                missing.push(index);
+            }
+            layers.push(layer);
+        }
+        for (index, layer) in self.convert_missing(plan, &missing, scratch, threads)? {
+            layers[index] = Some(layer);
+        }
+        let mut layers: Vec<Layer> = layers.into_iter().flatten().collect();
+        let bottom = layers.iter().rposition(|layer| layer.opaque).unwrap_or(0);
+        layers.drain(..bottom);
+        Ok(layers)
+    }
+
+    /// Converts the lowers in `missing` (indexes into the plan); the first error stops the others from starting.
+    fn convert_missing(
+        &self,
+        plan: &RootfsPlan,
+        missing: &[usize],
+        scratch: &Path,
+        threads: usize,
+    ) -> Result<Vec<(usize, Layer)>, CacheError> {
+        let next = AtomicUsize::new(0);
+        let stop = AtomicBool::new(false);
+        let results = Mutex::new(Vec::with_capacity(missing.len()));
+        let work = || {
+            while !stop.load(Ordering::Relaxed)
+                && let Some(&index) = missing.get(next.fetch_add(1, Ordering::Relaxed))
+            {
+                let layer = match &plan.lowers[index] {
+                    Lower::Snapshot(dir) => self.build_or_wait(dir),
+                    Lower::Image(image) => ready(image),
+                    Lower::Writable(dir) | Lower::Upper(dir) => {
+                        self.ephemeral(dir, &scratch.join(format!("lower-{index}.erofs")))
+                    }
+                };
+                stop.fetch_or(layer.is_err(), Ordering::Relaxed);
+                let mut results = results.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                results.push(layer.map(|layer| (index, layer)));
+            }
+        };
+        std::thread::scope(|scope| {
+            (1..threads.min(missing.len())).for_each(|_| drop(scope.spawn(work)));
+            work(); // this thread is one of them
+        });
+        results.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()).into_iter().collect()
+    }
+
+    /// Gives `layer`'s image a second name, `dir/name`, by a hard link. The link keeps the image from being collected.
+    pub fn link_into(&self, layer: &Layer, dir: &Path, name: &str) -> Result<PathBuf, CacheError> {
+        use std::os::fd::AsRawFd;
+        let to = dir.join(name);
+        // The descriptor and not the path: exactly the image that was checked.
+        let from = format!("/proc/self/fd/{}", layer.file.as_raw_fd());
+        match rustix::fs::linkat(CWD, from, CWD, &to, AtFlags::SYMLINK_FOLLOW) {
+            Ok(()) => Ok(to),
+            Err(Errno::XDEV) => Err(CacheError::OtherFileSystem { image: layer.path.clone(), to }),
+            Err(e) => Err(failed("link image to", &to)(e.into())),
+        }
+    }
+
+    /// A published image whose stamp agrees; `None` for anything else. Takes no lock that others wait for.
+    fn cached(&self, dir: &Path) -> Result<Option<Layer>, CacheError> {
+        let start = Instant::now();
+        let key = key_of(dir).map_err(|source| CacheError::Lower { path: dir.into(), source })?;
+        Ok(self.hit(&key, start, false))
+    }
+
+    /// `wait` for who looks at the image right now: only with the key's lock, so that it is not being collected.
+    fn hit(&self, key: &str, start: Instant, wait: bool) -> Option<Layer> {
+        let (sidecar, touch) = Sidecar::read(&self.file(key, "json")).ok()?;
+        let path = self.file(key, "erofs");
+        let file = File::open(&path).ok()?;
+        if !lock::share(&file, wait).ok()? || Stamp::of(&file).ok()? != sidecar.stamp {
+            return None;
+        }
+        // Only the order of collection depends on it.
+        let _ = touch.set_modified(std::time::SystemTime::now());
+        Some(Layer {
+            path,
+            key: key.into(),
+            size: sidecar.stamp.size,
+            outcome: Outcome::Hit,
+            took: start.elapsed(),
+            file,
+            opaque: sidecar.opaque,
+        })
+    }
+
+    /// The slow path: alone with this key, look again, check a suspicious image in full, or build.
+    fn build_or_wait(&self, dir: &Path) -> Result<Layer, CacheError> {
+        let start = Instant::now();
+        let key = key_of(dir).map_err(|source| CacheError::Lower { path: dir.into(), source })?;
+        let lock_path = self.file(&key, "lock");
+        let _lock = Lock::wait(&lock_path).map_err(failed("lock", &lock_path))?;
+        if let Some(layer) = self.hit(&key, start, true) {
+            return Ok(layer);
+        }
+        let suspicious = self.file(&key, "erofs").exists();
+        if suspicious && self.restamp(&key).is_some() {
+            // Sound, only moved: a restored backup, say.
+            if let Some(layer) = self.hit(&key, start, true) {
+                return Ok(layer);
+            }
+        }
+        let outcome = if suspicious { Outcome::Rebuilt } else { Outcome::Built };
+        self.publish(dir, &key)?;
+        let layer = self.hit(&key, start, true).map(|layer| Layer { outcome, ..layer });
+        layer.ok_or_else(|| {
+            failed("read back image", &self.file(&key, "erofs"))(io::Error::other("it changed meanwhile"))
+        })
+    }
+
+    /// Gives a suspicious image its stamp back when its digest is right.
+    fn restamp(&self, key: &str) -> Option<()> {
+        let path = self.file(key, "json");
+        let (mut sidecar, _) = Sidecar::read(&path).ok()?;
+        let image = File::open(self.file(key, "erofs")).ok()?;
+        (sidecar::digest(&image).ok()? == sidecar.digest).then_some(())?;
+        sidecar.stamp = Stamp::of(&image).ok()?;
+        sidecar.write(&path).ok()
+    }
+
+    /// Converts `dir` and puts image and sidecar in place. The key's lock is held.
+    fn publish(&self, dir: &Path, key: &str) -> Result<(), CacheError> {
+        let temp = self.file(key, "tmp");
+        let temporary = Temporary(Some(&temp));
+        let (image, written, opaque) = self.convert(dir, &temp, true)?;
+        image.sync_all().map_err(failed("sync image", &temp))?;
+        let sidecar = Sidecar {
+            source: dir.to_string_lossy().into_owned(),
+            digest: sidecar::hex(&written.digest.unwrap_or_default()),
+            inodes: written.inodes,
+            opaque,
+            stamp: Stamp::of(&image).map_err(failed("read back image", &temp))?,
+        };
+        let path = self.file(key, "json");
+        sidecar.write(&path).map_err(failed("write sidecar", &path))?;
+        let path = self.file(key, "erofs");
+        fs::rename(&temp, &path).map_err(failed("publish image", &path))?;
+        temporary.keep();
+        Ok(())
+    }
+
+    fn ephemeral(&self, dir: &Path, image: &Path) -> Result<Layer, CacheError> {
+        let start = Instant::now();
+        let temporary = Temporary(Some(image));
+        let (file, written, opaque) = self.convert(dir, image, false)?;
+        let key = key_of(image).map_err(failed("read back image", image))?;
+        let file = reopen(file, image)?;
+        temporary.keep();
+        Ok(Layer {
+            path: image.into(),
+            key,
+            size: written.size,
+            outcome: Outcome::Ephemeral,
+            took: start.elapsed(),
+            file,
+            opaque,
+        })
+    }
+
+    /// Writes `dir`'s image to `to`, replacing what is there; says also whether its root is opaque.
+    fn convert(&self, dir: &Path, to: &Path, digest: bool) -> Result<(File, Written, bool), CacheError> {
+        let converting = |source| CacheError::Convert { layer: dir.into(), source };
+        let tree = layer::scan(dir, &self.limits)?;
+        let plan = Plan::new(&tree).map_err(converting)?;
+        match fs::remove_file(to) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed("remove", to)(e)),
+            _ => {}
+        }
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(to);
+        let file = file.map_err(failed("create image", to))?;
+        // A full disk shows now and not after half the work; not every file system can tell.
+        if let Err(e @ (Errno::NOSPC | Errno::DQUOT | Errno::FBIG)) =
+            rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, plan.size())
+        {
+            return Err(converting(WriteError::Write(e.into())));
+        }
+        let written = plan.write(&file, digest).map_err(converting)?;
+        file.set_permissions(fs::Permissions::from_mode(0o444)).map_err(failed("protect image", to))?;
+        Ok((file, written, tree.inodes[Tree::ROOT].is_opaque()))
+    }
+
+    fn file(&self, key: &str, extension: &str) -> PathBuf {
+        self.dir.join(format!("{key}.{extension}"))
+    }
+}
+
+/// Removes its file unless that is to be kept.
+struct Temporary<'a>(Option<&'a Path>);
+
+impl Temporary<'_> {
+    fn keep(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Temporary<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.map(fs::remove_file); // perhaps it was never created
+    }
+}
+
+/// An image that a snapshotter made.
+fn ready(path: &Path) -> Result<Layer, CacheError> {
+    let start = Instant::now();
+    let missing = |source| CacheError::Lower { path: path.into(), source };
+    let key = key_of(path).map_err(missing)?;
+    let file = File::open(path).map_err(missing)?;
+    let metadata = file.metadata().map_err(missing)?;
+    let wrong = |what| CacheError::Image { path: path.into(), what };
+    if !metadata.is_file() {
+        return Err(wrong("not a regular file"));
+    }
+    let mut raw = [0; SUPER_SIZE];
+    let super_block = file.read_exact_at(&mut raw, SUPER_OFFSET).ok().and_then(|()| SuperBlock::decode(&raw));
+    match super_block {
+        None => Err(wrong("not an erofs file system")),
+        Some(super_block) if super_block.extra_devices > 0 => Err(wrong("it needs further devices")),
+        Some(_) => Ok(Layer {
+            path: path.into(),
+            key,
+            size: metadata.size(),
+            outcome: Outcome::Ready,
+            took: start.elapsed(),
+            file,
+            opaque: false,
+        }),
+    }
+}
+
+/// A read-only descriptor for a file that was just written.
+fn reopen(written: File, path: &Path) -> Result<File, CacheError> {
+    drop(written);
+    File::open(path).map_err(failed("open image", path))
+}
+
+fn is_empty(dir: &Path) -> Result<bool, CacheError> {
+    let missing = |source| CacheError::Lower { path: dir.into(), source };
+    Ok(fs::read_dir(dir).map_err(missing)?.next().is_none())
+}

@@ -1,0 +1,121 @@
+//! What the cache knows of an image besides its bytes, and how a layer gets its key.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::time::UNIX_EPOCH;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::erofs::format::{BLOCK, SUPER_OFFSET};
+use crate::erofs::writer;
+
+/// Largest sidecar that is read: a path and a few numbers.
+const MAX: u64 = 64 << 10;
+
+/// The JSON beside an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sidecar {
+    /// Directory it was made from, for people.
+    pub source: String,
+    /// SHA-256 of the image, in hexadecimal.
+    pub digest: String,
+    /// Inodes in the image.
+    pub inodes: u64,
+    /// The root directory is opaque: layers below do not count.
+    pub opaque: bool,
+    /// What the image file looked like when it was published.
+    pub stamp: Stamp,
+}
+
+/// Cheap signs that a file is still the one that was published.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stamp {
+    /// Bytes.
+    pub size: u64,
+    /// Inode number.
+    pub inode: u64,
+    /// Modification time, seconds.
+    pub mtime: i64,
+    /// Modification time, nanoseconds.
+    pub mtime_nsec: i64,
+    /// CRC-32C over the superblock's block.
+    pub super_block: u32,
+}
+
+impl Stamp {
+    /// Takes the signs of an open image.
+    pub fn of(image: &File) -> io::Result<Stamp> {
+        let metadata = image.metadata()?;
+        let mut block = [0; (BLOCK - SUPER_OFFSET) as usize];
+        image.read_exact_at(&mut block, SUPER_OFFSET)?;
+        Ok(Stamp {
+            size: metadata.size(),
+            inode: metadata.ino(),
+            mtime: metadata.mtime(),
+            mtime_nsec: metadata.mtime_nsec(),
+            super_block: crc32c::crc32c(&block),
+        })
+    }
+}
+
+impl Sidecar {
+    /// Reads one; returns also its file.
+    pub fn read(path: &Path) -> io::Result<(Sidecar, File)> {
+        let file = File::open(path)?;
+        let mut text = Vec::new();
+        Read::by_ref(&mut &file).take(MAX).read_to_end(&mut text)?;
+        Ok((serde_json::from_slice(&text)?, file))
+    }
+
+    /// Puts one in place by rename.
+    pub fn write(&self, path: &Path) -> io::Result<()> {
+        let temp = path.with_extension("json.tmp");
+        fs::write(&temp, serde_json::to_vec(self)?)?;
+        fs::rename(&temp, path).inspect_err(|_| drop(fs::remove_file(&temp)))
+    }
+}
+
+/// SHA-256 of a whole file, in hexadecimal.
+pub fn digest(file: &File) -> io::Result<String> {
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    let mut at = 0;
+    loop {
+        match file.read_at(&mut buffer, at) {
+            Ok(0) => return Ok(hex(&hash.finalize())),
+            Ok(n) => {
+                hash.update(&buffer[..n]);
+                at += n as u64;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// Lower-case hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// The key of what is at `path` now: 64 hexadecimal digits.
+pub fn key_of(path: &Path) -> io::Result<String> {
+    let path = fs::canonicalize(path)?;
+    let metadata = fs::metadata(&path)?;
+    let file_system = rustix::fs::statvfs(&path)?.f_fsid;
+    // Not every file system keeps a time of birth; the change time alone tells a reused directory apart as well.
+    let born = metadata.created().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).map_or(0, |d| d.as_nanos());
+    let mut hash = Sha256::new();
+    hash.update(writer::VERSION.to_le_bytes());
+    hash.update(file_system.to_le_bytes());
+    hash.update(metadata.ino().to_le_bytes());
+    hash.update(born.to_le_bytes());
+    hash.update(metadata.ctime().to_le_bytes());
+    hash.update(metadata.ctime_nsec().to_le_bytes());
+    hash.update(path.as_os_str().as_bytes());
+    Ok(hex(&hash.finalize()))
+}

@@ -1,0 +1,111 @@
+//! The end of the writer: one buffer in front of the output, which knows its position and may hash what passes.
+
+use std::io::{self, Write};
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+
+use sha2::{Digest, Sha256};
+
+use super::format::BLOCK;
+
+/// Bytes that wait for one `write`. Small files are read straight into it, so it saves a copy and most of the system calls.
+const BUFFER: usize = 1 << 20;
+
+/// Sequential output.
+pub struct Sink<W> {
+    out: W,
+    buffer: Box<[u8]>,
+    filled: usize,
+    flushed: u64,
+    hash: Option<Sha256>,
+}
+
+/// Why [`Sink::copy`] stopped.
+pub enum CopyError {
+    /// The file has fewer bytes than wanted.
+    TooShort,
+    /// The file cannot be read.
+    Read(io::Error),
+    /// The output cannot be written.
+    Write(io::Error),
+}
+
+impl<W: Write> Sink<W> {
+    /// A sink at position 0.
+    pub fn new(out: W, digest: bool) -> Sink<W> {
+        Sink { out, buffer: vec![0; BUFFER].into(), filled: 0, flushed: 0, hash: digest.then(Sha256::new) }
+    }
+
+    /// Appends bytes.
+    pub fn put(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let free = &mut self.buffer[self.filled..];
+            let now = bytes.len().min(free.len());
+            free[..now].copy_from_slice(&bytes[..now]);
+            self.advance(now)?;
+            bytes = &bytes[now..];
+        }
+        Ok(())
+    }
+
+    /// Appends zeros until the output is `position` bytes long.
+    pub fn pad_to(&mut self, position: u64) -> io::Result<()> {
+        let now = self.flushed + self.filled as u64;
+        let mut missing = position.checked_sub(now).ok_or_else(|| io::Error::other("image layout overlaps itself"))?;
+        while missing > 0 {
+            let free = &mut self.buffer[self.filled..];
+            let now = free.len().min(usize::try_from(missing).unwrap_or(usize::MAX));
+            free[..now].fill(0);
+            self.advance(now)?;
+            missing -= now as u64;
+        }
+        Ok(())
+    }
+
+    /// Appends zeros up to the next block.
+    pub fn pad_to_block(&mut self) -> io::Result<()> {
+        self.pad_to((self.flushed + self.filled as u64).next_multiple_of(BLOCK))
+    }
+
+    /// Appends a range of a file.
+    pub fn copy(&mut self, file: &OwnedFd, range: Range<u64>) -> Result<(), CopyError> {
+        let mut at = range.start;
+        while at < range.end {
+            let free = &mut self.buffer[self.filled..];
+            let wanted = free.len().min(usize::try_from(range.end - at).unwrap_or(usize::MAX));
+            match rustix::io::pread(file, &mut free[..wanted], at) {
+                Ok(0) => return Err(CopyError::TooShort),
+                Ok(n) => {
+                    self.advance(n).map_err(CopyError::Write)?;
+                    at += n as u64;
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(CopyError::Read(e.into())),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what is left; returns the digest of everything.
+    pub fn finish(mut self) -> io::Result<Option<[u8; 32]>> {
+        self.flush()?;
+        self.out.flush()?;
+        Ok(self.hash.map(|h| h.finalize().into()))
+    }
+
+    fn advance(&mut self, by: usize) -> io::Result<()> {
+        self.filled += by;
+        if self.filled == self.buffer.len() { self.flush() } else { Ok(()) }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let bytes = &self.buffer[..self.filled];
+        if let Some(hash) = &mut self.hash {
+            hash.update(bytes);
+        }
+        self.out.write_all(bytes)?;
+        self.flushed += bytes.len() as u64;
+        self.filled = 0;
+        Ok(())
+    }
+}

@@ -1,0 +1,437 @@
+//! [`Tree`] → EROFS image, in two passes: lay everything out, then stream the image from its first byte to its last.
+//!
+//! Invariants: the same tree gives the same bytes; metadata is in memory, file data passes through one bounded buffer; every file
+//! is opened once. Every offset is decided in [`Plan::new`] and only followed in [`Plan::write`], which fails rather than write
+//! something at another place than planned.
+//!
+//! Choices, with their reasons:
+//! - A file of up to [`INLINE_MAX`] bytes lies behind its inode: a block of its own would cost 4,096 bytes and a second read.
+//!   Tails of larger files are not packed: that would read each file twice to save half a block.
+//! - The most common modification time is the superblock's, so that inodes which share it can be compact (32 bytes).
+//! - Children of a directory lie together, after it: `ls -l` and a path walk touch few blocks.
+//! - Sparse files are chunk-based, with the chunk size that makes map and data smallest together.
+
+use std::collections::HashMap;
+use std::io::{self, Write};
+use std::ops::Range;
+
+use sha2::{Digest, Sha256};
+
+use super::chunks::{self, blocks};
+use super::directory::Directory;
+use super::format::{self, BLOCK, InodeCore, Layout, SLOT, SuperBlock};
+use super::sink::{CopyError, Sink};
+use crate::tree::{Data, Inode, InodeId, Node, Opener, Time, Tree};
+
+/// Changes whenever the same tree would give other bytes, so that no cache hands out an image of an older kind.
+pub const VERSION: u32 = 1;
+
+/// Largest content that is stored behind its inode. Half a block: what does not fit into the rest of a block moves to the next one,
+/// and the gap must stay smaller than what is saved.
+pub const INLINE_MAX: u64 = 2048;
+
+/// The metadata area starts after the superblock's block, so the superblock's checksum covers nothing else.
+const META_BLOCK: u32 = 1;
+/// nid 0 is left out: a directory entry with inode number 0 means "deleted" to `readdir`.
+const FIRST_NID: u64 = 1;
+
+/// Why an image could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteError {
+    /// A file of the layer cannot be opened or read.
+    #[error("read {path} of the layer")]
+    Read {
+        /// Path inside the layer.
+        path: String,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A file became shorter after it was looked at.
+    #[error("read {0} of the layer: it changed meanwhile")]
+    Changed(String),
+    /// The image cannot be written.
+    #[error("write image")]
+    Write(#[source] io::Error),
+    /// The image needs more than 2^32 blocks.
+    #[error("lay out image: too large for 32-bit block numbers")]
+    TooLarge,
+    /// Attributes of one inode exceed what its 16-bit count can say.
+    #[error("lay out image: extended attributes of {0} are too large")]
+    XattrsTooLarge(String),
+}
+
+/// What was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Written {
+    /// Bytes in the image.
+    pub size: u64,
+    /// Inodes in the image.
+    pub inodes: u64,
+    /// SHA-256 of the image, when it was asked for.
+    pub digest: Option<[u8; 32]>,
+}
+
+/// An image laid out: where each inode, directory and file goes.
+pub struct Plan<'a> {
+    tree: &'a Tree,
+    /// Inodes in the order of the metadata area: parents first, siblings together.
+    order: Vec<InodeId>,
+    placed: Vec<Placed>,
+    parents: Vec<InodeId>,
+    time: Time,
+    blocks: u32,
+}
+
+/// Where one inode goes.
+struct Placed {
+    nid: u64,
+    core: InodeCore,
+    /// Bytes behind the inode that belong to its content.
+    inline: u64,
+    /// `log2` of the chunk size of a chunk-based file.
+    chunk_bits: u8,
+    /// Block where the rest of its content starts.
+    first_block: u32,
+}
+
+impl<'a> Plan<'a> {
+    /// Lays the tree out.
+    pub fn new(tree: &'a Tree) -> Result<Plan<'a>, WriteError> {
+        let walk = Walk::new(tree);
+        let time = common_time(tree);
+        let mut plan = Plan { tree, order: walk.order, parents: walk.parents, placed: Vec::new(), time, blocks: 0 };
+        plan.placed = (0..tree.inodes.len()).map(|id| plan.shape(id, walk.links[id])).collect::<Result<_, _>>()?;
+        plan.place_inodes()?;
+        Ok(plan)
+    }
+
+    /// Bytes that the image will have.
+    pub fn size(&self) -> u64 {
+        u64::from(self.blocks) * BLOCK
+    }
+
+    /// Decides everything about an inode but its place.
+    fn shape(&self, id: InodeId, nlink: u32) -> Result<Placed, WriteError> {
+        let inode = &self.tree.inodes[id];
+        let mut chunk_bits = 0;
+        let (kind, size) = match &inode.node {
+            Node::Directory(_) => (format::S_IFDIR, self.directory(id).size()),
+            Node::File { size, data } => {
+                if let Data::At { extents: Some(extents), .. } = data
+                    && *size > INLINE_MAX
+                {
+                    chunk_bits = chunks::best_bits(extents, *size);
+                }
+                (format::S_IFREG, *size)
+            }
+            Node::Symlink(target) => (format::S_IFLNK, target.len() as u64),
+            Node::CharDevice { .. } => (format::S_IFCHR, 0),
+            Node::BlockDevice { .. } => (format::S_IFBLK, 0),
+            Node::Fifo => (format::S_IFIFO, 0),
+        };
+        let tail = if kind == format::S_IFDIR { size % BLOCK } else { size };
+        let inline = if tail <= INLINE_MAX { tail } else { 0 };
+        let layout = match (inline, chunk_bits) {
+            (0, 0) => Layout::FlatPlain,
+            (0, _) => Layout::Chunked,
+            _ => Layout::FlatInline,
+        };
+        let wide = inode.uid.max(inode.gid).max(nlink) > u32::from(u16::MAX) || size > u64::from(u32::MAX);
+        let core = InodeCore {
+            extended: wide || inode.mtime != self.time,
+            layout,
+            xattr_count: xattr_count(inode).ok_or_else(|| WriteError::XattrsTooLarge(self.tree.path_of(id)))?,
+            mode: kind | inode.permissions,
+            nlink,
+            size,
+            u: match inode.node {
+                Node::CharDevice { major, minor } | Node::BlockDevice { major, minor } => {
+                    format::encode_dev(major, minor)
+                }
+                _ => u32::from(chunk_bits.saturating_sub(format::BLOCK_BITS)),
+            },
+            ino: 0,
+            uid: inode.uid,
+            gid: inode.gid,
+            mtime: inode.mtime.sec,
+            mtime_nsec: inode.mtime.nsec,
+        };
+        Ok(Placed { nid: 0, core, inline, chunk_bits, first_block: 0 })
+    }
+
+    /// Gives every inode its nid, and every content that is not inline its first block.
+    fn place_inodes(&mut self) -> Result<(), WriteError> {
+        let mut at = FIRST_NID * SLOT;
+        for (serial, &id) in (1..).zip(&self.order) {
+            let placed = &mut self.placed[id];
+            let head = (placed.core.core_size() + xattr_bytes(placed.core.xattr_count)) as u64;
+            at = at.next_multiple_of(SLOT);
+            let room = BLOCK - (at + head) % BLOCK;
+            if placed.inline > room {
+                at += room.next_multiple_of(SLOT); // inline content must not cross a block's end
+            }
+            placed.nid = at / SLOT;
+            placed.core.ino = serial;
+            at += head + placed.inline;
+            if placed.core.layout == Layout::Chunked {
+                at += placed.core.size.div_ceil(1 << placed.chunk_bits) * 4;
+            }
+        }
+        let mut block = u64::from(META_BLOCK) + at.div_ceil(BLOCK);
+        for id in self.data_order() {
+            let blocks = self.stored(id).map(|range| blocks(&range)).sum::<u64>();
+            let placed = &mut self.placed[id];
+            placed.first_block = u32::try_from(block).map_err(|_| WriteError::TooLarge)?;
+            if placed.core.layout != Layout::Chunked && blocks > 0 {
+                placed.core.u = placed.first_block;
+            }
+            block += blocks;
+        }
+        // The last number means "no block".
+        self.blocks = u32::try_from(block).ok().filter(|&b| b < format::NULL_ADDR).ok_or(WriteError::TooLarge)?;
+        Ok(())
+    }
+
+    /// Inodes with content in the data area, in its order: directories first.
+    fn data_order(&self) -> Vec<InodeId> {
+        let is_directory = |id: &InodeId| matches!(self.tree.inodes[*id].node, Node::Directory(_));
+        let (mut first, rest): (Vec<_>, Vec<_>) = self.order.iter().partition(|id| is_directory(id));
+        let has_content = |id: &InodeId| matches!(self.tree.inodes[*id].node, Node::File { .. } | Node::Symlink(_));
+        first.extend(rest.into_iter().filter(has_content));
+        first
+    }
+
+    /// The parts of an inode's content that lie in the data area, each from a block's start.
+    fn stored(&self, id: InodeId) -> impl Iterator<Item = Range<u64>> {
+        let placed = &self.placed[id];
+        let end = placed.core.size - placed.inline;
+        let flat = (placed.core.layout != Layout::Chunked && end > 0).then_some(0..end);
+        flat.into_iter().chain(self.chunks(id).flatten())
+    }
+
+    /// The chunks of a chunk-based file; none for any other inode.
+    fn chunks(&self, id: InodeId) -> impl Iterator<Item = Option<Range<u64>>> {
+        let placed = &self.placed[id];
+        let extents: &[Range<u64>] = match &self.tree.inodes[id].node {
+            Node::File { data: Data::At { extents: Some(extents), .. }, .. } => extents,
+            _ => &[],
+        };
+        let size = if placed.core.layout == Layout::Chunked { placed.core.size } else { 0 };
+        chunks::map(extents, size, placed.chunk_bits)
+    }
+
+    fn directory(&self, id: InodeId) -> Directory<'a> {
+        let entries = match &self.tree.inodes[id].node {
+            Node::Directory(entries) => entries.as_slice(),
+            _ => &[],
+        };
+        Directory::new(entries, id, self.parents[id])
+    }
+
+    /// Streams the image. With `digest`, its SHA-256 is computed on the way.
+    pub fn write(&self, out: impl Write, digest: bool) -> Result<Written, WriteError> {
+        let mut sink = Sink::new(out, digest);
+        let mut opener = Opener::default();
+        sink.put(&self.super_block()).map_err(WriteError::Write)?;
+        for &id in &self.order {
+            self.write_inode(id, &mut sink, &mut opener)?;
+        }
+        for id in self.data_order() {
+            for range in self.stored(id) {
+                sink.pad_to_block().map_err(WriteError::Write)?;
+                self.write_content(id, range, &mut sink, &mut opener)?;
+            }
+        }
+        sink.pad_to(self.size()).map_err(WriteError::Write)?;
+        let digest = sink.finish().map_err(WriteError::Write)?;
+        Ok(Written { size: self.size(), inodes: self.order.len() as u64, digest })
+    }
+
+    /// Boot area, superblock and its checksum: the first block.
+    fn super_block(&self) -> Vec<u8> {
+        let mut super_block = SuperBlock {
+            checksum: 0,
+            compat: format::COMPAT_SB_CHKSUM | format::COMPAT_MTIME,
+            block_bits: format::BLOCK_BITS,
+            extra_slots: 0,
+            root_nid: self.placed[Tree::ROOT].nid as u16, // the first of all
+            inodes: self.order.len() as u64,
+            time: self.time.sec,
+            time_nsec: self.time.nsec,
+            blocks: self.blocks,
+            meta_block: META_BLOCK,
+            uuid: self.uuid(),
+            incompat: if self.placed.iter().any(|p| p.core.layout == Layout::Chunked) {
+                format::INCOMPAT_CHUNKED_FILE
+            } else {
+                0
+            },
+            extra_devices: 0,
+            dir_block_bits: 0,
+            xattr_prefixes: 0,
+        };
+        let start = format::SUPER_OFFSET as usize;
+        let mut block = vec![0; BLOCK as usize];
+        block[start..start + format::SUPER_SIZE].copy_from_slice(&super_block.encode());
+        super_block.checksum = format::super_checksum(&block[start..]);
+        block[start..start + format::SUPER_SIZE].copy_from_slice(&super_block.encode());
+        block
+    }
+
+    /// An identity that differs between layers: overlayfs distrusts lowers that share one. It is a version 8 (own scheme) UUID
+    /// made of the names and metadata.
+    fn uuid(&self) -> [u8; 16] {
+        let mut hash = Sha256::new();
+        let mut head = Vec::new();
+        for &id in &self.order {
+            head.clear();
+            let inode = &self.tree.inodes[id];
+            self.placed[id].core.encode(&mut head);
+            encode_xattrs(inode, &mut head);
+            match &inode.node {
+                Node::Directory(entries) => entries.iter().for_each(|e| head.extend(&e.name)),
+                Node::Symlink(target) => head.extend(target),
+                _ => {}
+            }
+            hash.update(&head);
+        }
+        let mut uuid = [0; 16];
+        uuid.copy_from_slice(&hash.finalize()[..16]);
+        uuid[6] = 0x80 | uuid[6] & 0x0f;
+        uuid[8] = 0x80 | uuid[8] & 0x3f;
+        uuid
+    }
+
+    fn write_inode<W: Write>(&self, id: InodeId, sink: &mut Sink<W>, opener: &mut Opener) -> Result<(), WriteError> {
+        let placed = &self.placed[id];
+        let mut head = Vec::new();
+        placed.core.encode(&mut head);
+        encode_xattrs(&self.tree.inodes[id], &mut head);
+        let mut block = placed.first_block;
+        for chunk in self.chunks(id) {
+            head.extend(chunk.as_ref().map_or(format::NULL_ADDR, |_| block).to_le_bytes());
+            block += chunk.map_or(0, |range| blocks(&range)) as u32;
+        }
+        sink.pad_to(u64::from(META_BLOCK) * BLOCK + placed.nid * SLOT).map_err(WriteError::Write)?;
+        sink.put(&head).map_err(WriteError::Write)?;
+        self.write_content(id, placed.core.size - placed.inline..placed.core.size, sink, opener)
+    }
+
+    /// Writes a part of an inode's content: that behind the inode, or one that starts with a block of the data area.
+    fn write_content<W: Write>(
+        &self,
+        id: InodeId,
+        range: Range<u64>,
+        sink: &mut Sink<W>,
+        opener: &mut Opener,
+    ) -> Result<(), WriteError> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let path = || self.tree.path_of(id);
+        match &self.tree.inodes[id].node {
+            Node::Directory(_) => {
+                let kind = |id: InodeId| (self.placed[id].nid, format::file_type(self.placed[id].core.mode));
+                let skip = (range.start / BLOCK) as usize;
+                let take = blocks(&range) as usize;
+                for (index, block) in self.directory(id).encode(kind).skip(skip).take(take).enumerate() {
+                    if index > 0 {
+                        sink.pad_to_block().map_err(WriteError::Write)?;
+                    }
+                    sink.put(&block).map_err(WriteError::Write)?;
+                }
+                Ok(())
+            }
+            Node::Symlink(target) => sink.put(target).map_err(WriteError::Write),
+            Node::File { data: Data::Bytes(bytes), .. } => sink.put(bytes).map_err(WriteError::Write),
+            Node::File { data: Data::At { location, .. }, .. } => {
+                let file = opener.open(location).map_err(|source| WriteError::Read { path: path(), source })?;
+                sink.copy(&file, range).map_err(|e| match e {
+                    CopyError::TooShort => WriteError::Changed(path()),
+                    CopyError::Read(source) => WriteError::Read { path: path(), source },
+                    CopyError::Write(source) => WriteError::Write(source),
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The order of the metadata area and what only a walk over the names can tell.
+struct Walk {
+    order: Vec<InodeId>,
+    parents: Vec<InodeId>,
+    links: Vec<u32>,
+}
+
+impl Walk {
+    fn new(tree: &Tree) -> Walk {
+        let count = tree.inodes.len();
+        let mut walk = Walk { order: vec![Tree::ROOT], parents: vec![Tree::ROOT; count], links: vec![0; count] };
+        walk.links[Tree::ROOT] = 2;
+        let mut pending = vec![Tree::ROOT];
+        while let Some(dir) = pending.pop() {
+            let Node::Directory(entries) = &tree.inodes[dir].node else { continue };
+            let first_child = pending.len();
+            for entry in entries {
+                if walk.links[entry.inode] == 0 {
+                    walk.order.push(entry.inode);
+                }
+                walk.links[entry.inode] += 1;
+                if let Node::Directory(_) = tree.inodes[entry.inode].node {
+                    walk.links[entry.inode] += 1; // its own "."
+                    walk.links[dir] += 1; // its ".."
+                    walk.parents[entry.inode] = dir;
+                    pending.push(entry.inode);
+                }
+            }
+            pending[first_child..].reverse();
+        }
+        walk
+    }
+}
+
+/// The modification time that most inodes have, the earliest of several.
+fn common_time(tree: &Tree) -> Time {
+    let mut counts = HashMap::new();
+    tree.inodes.iter().for_each(|inode| *counts.entry(inode.mtime).or_insert(0u64) += 1);
+    let best = counts.into_iter().max_by_key(|&(time, count)| (count, std::cmp::Reverse(time)));
+    best.map_or_else(Time::default, |(time, _)| time)
+}
+
+/// The inode's 16-bit measure of its xattrs; `None` when they are too many.
+fn xattr_count(inode: &Inode) -> Option<u16> {
+    if inode.xattrs.is_empty() {
+        return Some(0);
+    }
+    let entry = |name: &[u8], value: &[u8]| {
+        let (_, rest) = format::split_xattr_name(name)?;
+        u16::try_from(value.len()).ok()?;
+        Some((format::XATTR_ENTRY_SIZE + rest.len() + value.len()).div_ceil(4))
+    };
+    let words = inode.xattrs.iter().map(|x| entry(&x.name, &x.value)).sum::<Option<usize>>()?;
+    u16::try_from(1 + words).ok()
+}
+
+fn xattr_bytes(count: u16) -> usize {
+    match count {
+        0 => 0,
+        n => format::XATTR_HEADER_SIZE + 4 * (usize::from(n) - 1),
+    }
+}
+
+fn encode_xattrs(inode: &Inode, out: &mut Vec<u8>) {
+    if inode.xattrs.is_empty() {
+        return;
+    }
+    out.extend([0; format::XATTR_HEADER_SIZE]); // no filter, no shared xattrs
+    for xattr in &inode.xattrs {
+        let Some((index, rest)) = format::split_xattr_name(&xattr.name) else { continue };
+        out.extend([rest.len() as u8, index]);
+        out.extend((xattr.value.len() as u16).to_le_bytes());
+        out.extend(rest);
+        out.extend(&*xattr.value);
+        out.resize(out.len().next_multiple_of(4), 0);
+    }
+}

@@ -1,0 +1,173 @@
+//! The writable side of a container's root: a sparse ext4 disk, copied from a template that is made once per node and size.
+//!
+//! ```text
+//!  <root>/upper/ext4-v1-<bytes>.img     read-only template, published by rename
+//!  <root>/upper/ext4-v1-<bytes>.lock    held while the template is made
+//! ```
+//!
+//! Copying costs the data extents only (a few hundred KiB whatever the size), or nothing where the file system shares extents.
+//! The disk has no journal: it lives as long as its pod, and a pod that crashed is not repaired but replaced.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
+
+use crate::lock::Lock;
+
+/// Smallest disk in bytes: below this ext4 has no room for its own tables and a few files.
+pub const MIN_SIZE: u64 = 8 << 20;
+/// Largest disk in bytes: what a file on ext4 can hold.
+pub const MAX_SIZE: u64 = 16 << 40;
+
+/// Why there is no disk.
+#[derive(Debug, thiserror::Error)]
+pub enum UpperError {
+    /// Too small, too large or no whole number of blocks.
+    #[error("create upper disk of {0} bytes: size must be a multiple of 4096 between {MIN_SIZE} and below {MAX_SIZE}")]
+    Size(u64),
+    /// The program is missing.
+    #[error("run mkfs.ext4 (package e2fsprogs)")]
+    Run(#[source] io::Error),
+    /// The program failed.
+    #[error("run mkfs.ext4 on {path}: {message}")]
+    Mkfs {
+        /// The template.
+        path: PathBuf,
+        /// What it said.
+        message: String,
+    },
+    /// A file cannot be made or read.
+    #[error("{what} {path}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn failed<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> UpperError + use<'a> {
+    move |source| UpperError::Io { what, path: path.into(), source }
+}
+
+/// Creates the disk `dest`, which must not exist, with `size` bytes; its template lies below `cache_root`. The file belongs to the
+/// caller, mode 0600. Nothing is left behind on failure.
+pub fn create(cache_root: &Path, dest: &Path, size: u64) -> Result<(), UpperError> {
+    if !(MIN_SIZE..MAX_SIZE).contains(&size) || !size.is_multiple_of(4096) {
+        return Err(UpperError::Size(size));
+    }
+    let template = template(cache_root, size)?;
+    let disk = OpenOptions::new().write(true).create_new(true).mode(0o600).open(dest);
+    let disk = disk.map_err(failed("create upper disk", dest))?;
+    copy(&template, &disk, size).map_err(|e| {
+        let _ = fs::remove_file(dest); // the first error is the one to tell
+        failed("copy the template to upper disk", dest)(e)
+    })
+}
+
+/// Opens the template, making it when it is missing.
+fn template(cache_root: &Path, size: u64) -> Result<File, UpperError> {
+    let dir = cache_root.join("upper");
+    let path = dir.join(format!("ext4-v1-{size}.img"));
+    match File::open(&path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        other => return other.map_err(failed("open template", &path)),
+    }
+    fs::create_dir_all(&dir).map_err(failed("create directory", &dir))?;
+    let lock_path = path.with_extension("lock");
+    let _lock = Lock::wait(&lock_path).map_err(failed("lock", &lock_path))?;
+    if !path.exists() {
+        // Whoever died over this file left it; the lock is ours now.
+        let temp = path.with_extension("tmp");
+        make(&temp, size).inspect_err(|_| drop(fs::remove_file(&temp)))?;
+        fs::rename(&temp, &path).map_err(failed("publish template", &path))?;
+    }
+    File::open(&path).map_err(failed("open template", &path))
+}
+
+fn make(path: &Path, size: u64) -> Result<(), UpperError> {
+    let file = File::create(path).map_err(failed("create template", path))?;
+    file.set_len(size).map_err(failed("create template", path))?;
+    let output = Command::new("mkfs.ext4")
+        // Nothing to resize, no backups of the superblock, no journal: what is not written need not be copied.
+        .args([
+            "-q",
+            "-F",
+            "-b",
+            "4096",
+            "-m",
+            "0",
+            "-O",
+            "^has_journal,^resize_inode,sparse_super2,64bit,metadata_csum",
+        ])
+        // The file is all zeros, so inode tables are clean already: the guest has nothing to initialise later.
+        .args(["-E", "num_backup_sb=0,lazy_itable_init=0,nodiscard,root_owner=0:0"])
+        .arg(path)
+        .env("PATH", search_path())
+        .stdin(Stdio::null())
+        .output()
+        .map_err(UpperError::Run)?;
+    if !output.status.success() {
+        let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        return Err(UpperError::Mkfs { path: path.into(), message });
+    }
+    file.set_permissions(fs::Permissions::from_mode(0o444)).map_err(failed("protect template", path))?;
+    file.sync_all().map_err(failed("sync template", path))
+}
+
+/// mkfs lives in sbin, which a service's PATH may lack.
+fn search_path() -> String {
+    let path = std::env::var("PATH").unwrap_or_default();
+    format!("{path}:/usr/sbin:/sbin:/usr/bin:/bin").trim_start_matches(':').to_owned()
+}
+
+/// Copies a sparse file: by sharing its extents, or else its data extents one by one.
+fn copy(from: &File, to: &File, size: u64) -> io::Result<()> {
+    match rustix::fs::ioctl_ficlone(to, from) {
+        Ok(()) => return Ok(()),
+        Err(Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY) => {}
+        Err(e) => return Err(e.into()),
+    }
+    to.set_len(size)?;
+    let mut at = 0;
+    while at < size {
+        let start = match rustix::fs::seek(from, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => break,
+            Err(e) => return Err(e.into()),
+        };
+        at = rustix::fs::seek(from, SeekFrom::Hole(start))?;
+        copy_range(from, to, start, at)?;
+    }
+    Ok(())
+}
+
+fn copy_range(from: &File, to: &File, start: u64, end: u64) -> io::Result<()> {
+    use std::os::unix::fs::FileExt;
+    let (mut read_at, mut write_at) = (start, start);
+    while read_at < end {
+        let left = usize::try_from(end - read_at).unwrap_or(usize::MAX);
+        match rustix::fs::copy_file_range(from, Some(&mut read_at), to, Some(&mut write_at), left) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) | Err(Errno::INTR) => {}
+            // Two file systems that cannot do it between them.
+            Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => {
+                let mut buffer = vec![0; left.min(1 << 20)];
+                from.read_exact_at(&mut buffer, read_at)?;
+                to.write_all_at(&buffer, read_at)?;
+                read_at += buffer.len() as u64;
+                write_at = read_at;
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(())
+}
