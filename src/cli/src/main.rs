@@ -1,2 +1,72 @@
-//! Placeholder.
-fn main() {}
+//! `nacelle`, for people: can this node run nacelle, what is running, what is in the layer cache?
+//!
+//! It reads files that the shim leaves for it and works on the layer cache through `nacelle-rootfs`; it speaks to no
+//! running sandbox, so it needs no daemon and disturbs nothing.
+
+mod doctor;
+mod layer;
+mod ps;
+mod units;
+
+use std::{io, path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "nacelle", version, about = "Every pod in its own jailed microVM: the operator's tool")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Check whether this node can run nacelle, and say what to do about what is missing
+    Doctor {
+        /// Print one JSON object instead of a table
+        #[arg(long)]
+        json: bool,
+    },
+    /// List the running sandboxes
+    Ps {
+        /// Show the phases of each start and the layers in use
+        #[arg(long, short)]
+        long: bool,
+        /// Print one JSON array instead of a table
+        #[arg(long)]
+        json: bool,
+        /// Where the shims keep their run directories
+        #[arg(long, default_value = "/run/nacelle")]
+        run_dir: PathBuf,
+    },
+    /// Look after the layer cache
+    Layer {
+        #[command(subcommand)]
+        command: layer::Command,
+        /// Where nacelle keeps its data, as `data_dir` in the configuration
+        #[arg(long, default_value_os_t = layer::default_data_dir())]
+        data_dir: PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Doctor { json } => doctor::run(json, &mut io::stdout().lock()),
+        Command::Layer { command, data_dir } => layer::run(command, &data_dir, &mut io::stdout().lock()),
+        Command::Ps { long, json, run_dir } => ps::run(&run_dir, long, json, &mut io::stdout().lock()),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) if broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("nacelle: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whoever reads our output may stop reading: `nacelle ps | head -1` is no error.
+fn broken_pipe(error: &anyhow::Error) -> bool {
+    error.chain().filter_map(|e| e.downcast_ref::<io::Error>()).any(|e| e.kind() == io::ErrorKind::BrokenPipe)
+}

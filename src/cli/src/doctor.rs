@@ -1,0 +1,205 @@
+//! `nacelle doctor`: can this node run nacelle? Each check says what it found and, if it failed, what to do.
+
+use std::{fs, io, path::Path};
+
+use rustix::fs::{Mode, OFlags};
+use serde::Serialize;
+
+/// How a check went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Verdict {
+    /// As it should be.
+    Ok,
+    /// Works, but something is weaker than it could be.
+    Warn,
+    /// nacelle cannot start a VM here.
+    Fail,
+}
+
+#[derive(Debug, Serialize)]
+struct Check {
+    name: &'static str,
+    verdict: Verdict,
+    found: String,
+    /// What to do; empty where nothing is to be done.
+    remedy: String,
+}
+
+impl Check {
+    fn ok(name: &'static str, found: impl Into<String>) -> Self {
+        Self { name, verdict: Verdict::Ok, found: found.into(), remedy: String::new() }
+    }
+
+    fn new(name: &'static str, verdict: Verdict, found: impl Into<String>, remedy: &str) -> Self {
+        Self { name, verdict, found: found.into(), remedy: remedy.to_owned() }
+    }
+}
+
+/// Directories in which the shim looks for the guest kernel, in its order.
+const KERNEL_FILES: &[&str] = &["/usr/local/share/nacelle/vmlinux", "/usr/share/nacelle/vmlinux"];
+/// Directories in which the shim looks for its helpers.
+const LIBEXEC: &[&str] = &["/usr/local/libexec/nacelle", "/usr/libexec/nacelle"];
+
+/// Runs every check and prints the result; `false` when a check failed.
+pub fn run(json: bool, out: &mut impl io::Write) -> anyhow::Result<bool> {
+    let checks = [
+        kvm(),
+        cpu(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()),
+        kernel(&rustix::system::uname().release().to_string_lossy()),
+        cgroups(),
+        guest_kernel(),
+        helpers(),
+        containerd(),
+    ];
+    if json {
+        serde_json::to_writer_pretty(&mut *out, &checks)?;
+        writeln!(out)?;
+    } else {
+        for c in &checks {
+            let mark = match c.verdict {
+                Verdict::Ok => "ok  ",
+                Verdict::Warn => "warn",
+                Verdict::Fail => "FAIL",
+            };
+            writeln!(out, "{mark}  {:<14} {}", c.name, c.found)?;
+            if !c.remedy.is_empty() {
+                writeln!(out, "      {:<14} → {}", "", c.remedy)?;
+            }
+        }
+    }
+    Ok(!checks.iter().any(|c| c.verdict == Verdict::Fail))
+}
+
+fn kvm() -> Check {
+    const NAME: &str = "kvm";
+    match rustix::fs::open("/dev/kvm", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
+        Ok(_) => Check::ok(NAME, "/dev/kvm opens for reading and writing"),
+        Err(e) => Check::new(
+            NAME,
+            Verdict::Fail,
+            format!("open /dev/kvm: {e}"),
+            "load the module kvm_amd or kvm_intel, and switch virtualization on in the firmware or, in a VM, nested virtualization",
+        ),
+    }
+}
+
+fn cpu(cpuinfo: &str) -> Check {
+    const NAME: &str = "cpu";
+    let flag = cpuinfo
+        .lines()
+        .find(|l| l.starts_with("flags"))
+        .and_then(|l| l.split_whitespace().find(|w| matches!(*w, "svm" | "vmx")));
+    match flag {
+        Some(flag) => Check::ok(NAME, format!("flag {flag}")),
+        None => Check::new(
+            NAME,
+            Verdict::Fail,
+            "no flag svm or vmx: a device /dev/kvm without it cannot run a guest",
+            "use a host with hardware virtualization, or a VM with nested virtualization",
+        ),
+    }
+}
+
+fn kernel(release: &str) -> Check {
+    const NAME: &str = "kernel";
+    let mut parts = release.split(|c: char| !c.is_ascii_digit()).filter_map(|p| p.parse::<u32>().ok());
+    let version = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+    if version >= (5, 12) {
+        Check::ok(NAME, release)
+    } else {
+        Check::new(NAME, Verdict::Fail, release, "idmapped mounts need Linux 5.12 or later")
+    }
+}
+
+fn cgroups() -> Check {
+    const NAME: &str = "cgroups";
+    if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        Check::ok(NAME, "version 2 at /sys/fs/cgroup")
+    } else {
+        Check::new(
+            NAME,
+            Verdict::Warn,
+            "no cgroup version 2 at /sys/fs/cgroup: VMMs run outside their pod's limits on the host",
+            "boot with systemd.unified_cgroup_hierarchy=1",
+        )
+    }
+}
+
+fn guest_kernel() -> Check {
+    const NAME: &str = "guest kernel";
+    let Some(path) = KERNEL_FILES.iter().find(|p| Path::new(p).exists()) else {
+        return Check::new(
+            NAME,
+            Verdict::Fail,
+            format!("none of {}", KERNEL_FILES.join(", ")),
+            "install one, or name one in /etc/nacelle/nacelle.toml",
+        );
+    };
+    let mut magic = [0; 4];
+    match fs::File::open(path).and_then(|mut f| io::Read::read_exact(&mut f, &mut magic)) {
+        Ok(()) if magic == *b"\x7fELF" => Check::ok(NAME, *path),
+        Ok(()) => Check::new(NAME, Verdict::Fail, format!("{path} is not an ELF file"), "use an uncompressed vmlinux"),
+        Err(e) => Check::new(NAME, Verdict::Fail, format!("read {path}: {e}"), "install it again"),
+    }
+}
+
+fn helpers() -> Check {
+    const NAME: &str = "helpers";
+    let found = LIBEXEC
+        .iter()
+        .find(|dir| ["nacelle-vmm", "nacelle-agent"].iter().all(|name| Path::new(dir).join(name).exists()));
+    match found {
+        Some(dir) => Check::ok(NAME, format!("nacelle-vmm and nacelle-agent in {dir}")),
+        None => Check::new(
+            NAME,
+            Verdict::Fail,
+            format!("nacelle-vmm and nacelle-agent are not together in {}", LIBEXEC.join(" or ")),
+            "install both there, or name them in /etc/nacelle/nacelle.toml",
+        ),
+    }
+}
+
+fn containerd() -> Check {
+    const NAME: &str = "shim";
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).map(|d| d.join("containerd-shim-nacelle-v2")).find(|p| p.exists());
+    match found {
+        Some(path) => Check::ok(NAME, path.display().to_string()),
+        None => Check::new(
+            NAME,
+            Verdict::Warn,
+            "containerd-shim-nacelle-v2 is not in PATH",
+            "containerd looks for it in its own PATH, or beside its own binary",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_cpu_flags() {
+        assert_eq!(cpu("flags\t\t: fpu svm sse").verdict, Verdict::Ok);
+        assert_eq!(cpu("flags\t\t: fpu sse").verdict, Verdict::Fail);
+        assert_eq!(cpu("").verdict, Verdict::Fail);
+    }
+
+    #[test]
+    fn compares_kernel_releases() {
+        assert_eq!(kernel("6.12.91+deb13-cloud").verdict, Verdict::Ok);
+        assert_eq!(kernel("5.10.0").verdict, Verdict::Fail);
+        assert_eq!(kernel("nonsense").verdict, Verdict::Fail);
+    }
+
+    #[test]
+    fn prints_a_line_for_each_check() {
+        let mut out = Vec::new();
+        run(false, &mut out).unwrap();
+        let text = String::from_utf8(out).unwrap();
+        for name in ["kvm", "cpu", "kernel", "cgroups", "guest kernel", "helpers", "shim"] {
+            assert!(text.contains(name), "{text}");
+        }
+    }
+}

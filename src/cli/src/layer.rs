@@ -1,0 +1,149 @@
+//! `nacelle layer`: the layer cache of this node.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
+
+use anyhow::Context;
+use clap::Subcommand;
+use nacelle_rootfs::{Cache, Limits};
+use serde_json::json;
+
+use crate::units;
+
+/// What to do with the cache.
+#[derive(Subcommand)]
+pub enum Command {
+    /// List the cached layers, least recently used first
+    Ls {
+        /// Print one JSON array instead of a table
+        #[arg(long)]
+        json: bool,
+    },
+    /// Read every cached layer in full and check its digest and structure
+    Verify {
+        /// Print one JSON array instead of a line a layer
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove the least recently used layers that no sandbox uses
+    Gc {
+        /// Keep at most this many bytes; K, M, G and T are binary multiples
+        #[arg(long, value_parser = size)]
+        max: u64,
+    },
+}
+
+/// Does it; `false` when `verify` found a broken layer.
+pub fn run(command: Command, data_dir: &Path, out: &mut impl io::Write) -> anyhow::Result<bool> {
+    if !data_dir.is_dir() {
+        anyhow::bail!("open layer cache: {} is not a directory", data_dir.display());
+    }
+    let cache = Cache::open(data_dir, Limits::default()).context("open layer cache")?;
+    match command {
+        Command::Ls { json } => list(&cache, json, out),
+        Command::Verify { json } => verify(&cache, json, out),
+        Command::Gc { max } => {
+            let done = cache.gc(max).context("collect layers")?;
+            for key in &done.removed {
+                writeln!(out, "removed {key}")?;
+            }
+            writeln!(out, "freed {}, kept {}", units::bytes(done.freed), units::bytes(done.kept))?;
+            Ok(true)
+        }
+    }
+}
+
+fn list(cache: &Cache, json: bool, out: &mut impl io::Write) -> anyhow::Result<bool> {
+    let layers = cache.ls().context("list layers")?;
+    if json {
+        let rows: Vec<_> = layers
+            .iter()
+            .map(|l| {
+                json!({ "key": l.key, "size": l.size, "in_use": l.in_use, "source": l.source, "digest": l.digest,
+                        "idle_seconds": idle(l.last_used) })
+            })
+            .collect();
+        serde_json::to_writer_pretty(&mut *out, &rows)?;
+        writeln!(out)?;
+        return Ok(true);
+    }
+    writeln!(out, "{:<16} {:>12} {:>8} {:<7} SOURCE", "KEY", "SIZE", "IDLE", "IN USE")?;
+    for l in &layers {
+        let key: String = l.key.chars().take(16).collect();
+        let source = l.source.as_deref().unwrap_or("unknown: its description cannot be read");
+        let used = if l.in_use { "yes" } else { "no" };
+        writeln!(out, "{key:<16} {:>12} {:>7}s {used:<7} {source}", units::bytes(l.size), idle(l.last_used))?;
+    }
+    writeln!(out, "{} layers, {}", layers.len(), units::bytes(layers.iter().map(|l| l.size).sum()))?;
+    Ok(true)
+}
+
+fn verify(cache: &Cache, json: bool, out: &mut impl io::Write) -> anyhow::Result<bool> {
+    let verdicts = cache.verify().context("verify layers")?;
+    let sound = verdicts.iter().all(|v| v.problem.is_none());
+    if json {
+        let rows: Vec<_> = verdicts.iter().map(|v| json!({ "key": v.key, "problem": v.problem })).collect();
+        serde_json::to_writer_pretty(&mut *out, &rows)?;
+        writeln!(out)?;
+        return Ok(sound);
+    }
+    for v in &verdicts {
+        writeln!(out, "{} {}", v.key, v.problem.as_deref().unwrap_or("ok"))?;
+    }
+    Ok(sound)
+}
+
+fn idle(since: SystemTime) -> u64 {
+    SystemTime::now().duration_since(since).unwrap_or_default().as_secs()
+}
+
+/// Reads a size such as `20G`.
+fn size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let factor: u64 = match text[digits.len()..].to_ascii_uppercase().as_str() {
+        "" | "B" => 1,
+        "K" | "KIB" => 1 << 10,
+        "M" | "MIB" => 1 << 20,
+        "G" | "GIB" => 1 << 30,
+        "T" | "TIB" => 1 << 40,
+        unit => return Err(format!("unknown unit {unit}: use K, M, G or T")),
+    };
+    let count: u64 = digits.parse().map_err(|_| format!("{digits:?} is not a whole number"))?;
+    count.checked_mul(factor).ok_or_else(|| "too large".to_owned())
+}
+
+/// Where the layer cache lives unless the configuration says otherwise.
+pub fn default_data_dir() -> PathBuf {
+    PathBuf::from("/var/lib/nacelle")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_sizes() {
+        assert_eq!(size("0"), Ok(0));
+        assert_eq!(size("20G"), Ok(20 << 30));
+        assert_eq!(size("1MiB"), Ok(1 << 20));
+        assert!(size("G").is_err() && size("1X").is_err() && size("-1").is_err());
+        assert!(size("99999999999T").is_err());
+    }
+
+    #[test]
+    fn an_empty_cache_is_listed() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut out = Vec::new();
+        assert!(run(Command::Ls { json: false }, dir.path(), &mut out).unwrap());
+        assert!(String::from_utf8(out).unwrap().contains("0 layers, 0 B"));
+    }
+
+    #[test]
+    fn a_missing_directory_is_named() {
+        let error = run(Command::Ls { json: false }, Path::new("/nonexistent"), &mut Vec::new()).unwrap_err();
+        assert!(error.to_string().contains("/nonexistent"), "{error}");
+    }
+}
