@@ -47,10 +47,10 @@ class Layer:
 
     def finish(self):
         self.tar.close()
-        self.blob.seek(0)
         self.diff_id = digest(self.blob)
         if self.compress:
             plain, self.blob = self.blob, tempfile.TemporaryFile()
+            plain.seek(0)
             with gzip.GzipFile(fileobj=self.blob, mode="wb", mtime=0, filename="") as out:
                 shutil.copyfileobj(plain, out)
         self.digest = digest(self.blob)
