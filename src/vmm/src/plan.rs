@@ -9,7 +9,7 @@
 //!  /share/<tag>             VmConfig::shares
 //!  /disk/<serial>           VmConfig::disks
 //!  /socket/<port>           VmConfig::sockets
-//!  /dev/kvm, /proc          made by the jail
+//!  /dev, /proc              made by the jail
 //! ```
 
 use std::collections::BTreeSet;

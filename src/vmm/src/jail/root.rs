@@ -12,7 +12,9 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
 use nacelle_protocol::vm::Report;
-use rustix::fs::{CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Uid, chownat, fstat, makedev, mknodat, openat2};
+use rustix::fs::{
+    AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Uid, chownat, fstat, makedev, mknodat, openat2,
+};
 use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, mount, move_mount, open_tree};
 
 use super::{JailError, at, mountinfo, set_attributes};
@@ -21,8 +23,10 @@ use crate::report;
 
 const STAGE: &str = "root";
 
-/// The device node through which libkrun reaches KVM (`KVM_MINOR`, Documentation/admin-guide/devices.txt).
-const KVM: (u32, u32) = (10, 232);
+/// Device nodes (Documentation/admin-guide/devices.txt): libkrun's way to KVM, and what its entropy device reads, because
+/// a static program finds no getrandom in its C library (crate `getrandom` 0.3, linux_android_with_fallback.rs).
+const DEVICES: [(&str, u32, u32, Mode); 3] =
+    [("kvm", 10, 232, Mode::RUSR.union(Mode::WUSR)), ("random", 1, 8, Mode::RUSR), ("urandom", 1, 9, Mode::RUSR)];
 
 const QUIET: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
 
@@ -37,11 +41,14 @@ pub fn assemble(plan: &Plan, users: BorrowedFd<'_>) -> Result<(), JailError> {
     let dev = root.join("dev");
     directory(&dev)?;
     tmpfs(&dev, quiet, 8)?;
-    let (kvm, owner) = (dev.join("kvm"), plan.jail.uid_base);
-    mknodat(CWD, &kvm, FileType::CharacterDevice, Mode::RUSR | Mode::WUSR, makedev(KVM.0, KVM.1))
-        .map_err(at(STAGE, "make device node /dev/kvm"))?;
-    chownat(CWD, &kvm, Some(Uid::from_raw(owner)), Some(Gid::from_raw(owner)), rustix::fs::AtFlags::SYMLINK_NOFOLLOW)
-        .map_err(at(STAGE, "change owner of /dev/kvm"))?;
+    let owner = (Some(Uid::from_raw(plan.jail.uid_base)), Some(Gid::from_raw(plan.jail.uid_base)));
+    for (name, major, minor, mode) in DEVICES {
+        let node = dev.join(name);
+        mknodat(CWD, &node, FileType::CharacterDevice, mode, makedev(major, minor))
+            .map_err(at(STAGE, format!("make device node {}", node.display())))?;
+        chownat(CWD, &node, owner.0, owner.1, AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(at(STAGE, format!("change owner of {}", node.display())))?;
+    }
 
     directory(&root.join("proc"))?;
     for entry in &plan.entries {
