@@ -1,0 +1,142 @@
+//! nacelle as its users meet it: a real containerd, driven by `ctr` and containerd's API, with real virtual machines.
+//! Needs root and a usable `/dev/kvm`, so it is not part of a plain `cargo test`; `hack/test` runs it in the testbed.
+//!
+//! Environment: `NACELLE_CONTAINERD` (`1.7` or `2.1`), `NACELLE_CONTAINERD_BIN` (directory of the binaries instead),
+//! `NACELLE_RUNTIME` (the runtime under test), `NACELLE_IMAGES` (directory of the image archives), `NACELLE_E2E_DIR`.
+//!
+//! The harness is libtest-mimic, as two things are beyond the standard one: containerd must end with the tests, and
+//! what is ignored depends on the runtime. Every test must leave the node as it found it; the harness looks.
+
+mod bad_input;
+mod crash;
+mod events;
+mod hooks;
+mod lifecycle;
+mod load;
+mod process;
+mod rootfs;
+mod stdio;
+
+use std::{
+    panic::{self, AssertUnwindSafe},
+    process::ExitCode,
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use nacelle_tests::{leftovers::Leftovers, node::Node};
+
+/// One test.
+pub struct Case {
+    name: &'static str,
+    run: fn(&Node),
+    only_nacelle: Option<&'static str>,
+}
+
+impl Case {
+    /// A test that any runtime of containerd must pass.
+    const fn new(name: &'static str, run: fn(&Node)) -> Self {
+        Self { name, run, only_nacelle: None }
+    }
+
+    /// A test that makes sense with nacelle only, and why. Another runtime serves to try the tests themselves.
+    const fn only_nacelle(name: &'static str, run: fn(&Node), why: &'static str) -> Self {
+        Self { name, run, only_nacelle: Some(why) }
+    }
+}
+
+/// The tests by theme.
+const THEMES: &[(&str, &[Case])] = &[
+    ("lifecycle", lifecycle::CASES),
+    ("stdio", stdio::CASES),
+    ("process", process::CASES),
+    ("rootfs", rootfs::CASES),
+    ("events", events::CASES),
+    ("hooks", hooks::CASES),
+    ("bad_input", bad_input::CASES),
+    ("crash", crash::CASES),
+    ("load", load::CASES),
+];
+
+/// How long after a test the last of it may still be there.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// The node, started by the first test that runs; the lock lets one test run at a time.
+static NODE: Mutex<Option<Node>> = Mutex::new(None);
+
+static TIMES: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = Some(1);
+    let clean = Leftovers::scan(&[]);
+    // A test that fails panics; the harness tells of it, once.
+    panic::set_hook(Box::new(|_| {}));
+    let conclusion = libtest_mimic::run(&arguments, trials());
+    drop(NODE.lock().expect("tests do not panic while they hold the lock").take());
+
+    let mut times = TIMES.lock().expect("nothing panics here").split_off(0);
+    times.sort();
+    for (time, name) in times.iter().rev().take(10) {
+        println!("{:7.1} s  {name}", time.as_secs_f64());
+    }
+    let left = Leftovers::since(&clean, &[], GRACE);
+    if left.is_empty() {
+        conclusion.exit_code()
+    } else {
+        println!("left on this machine after all tests:\n{}", left.join("\n"));
+        ExitCode::FAILURE
+    }
+}
+
+fn trials() -> Vec<Trial> {
+    let nacelle = std::env::var("NACELLE_RUNTIME").is_ok_and(|runtime| runtime != nacelle_tests::node::NACELLE);
+    let mut trials = Vec::new();
+    for (theme, cases) in THEMES {
+        for case in *cases {
+            let name = format!("{theme}::{}", case.name);
+            let title = name.clone();
+            let excluded = case.only_nacelle.filter(|_| nacelle);
+            if let Some(why) = excluded {
+                eprintln!("ignored with this runtime: {name}: {why}");
+            }
+            trials.push(Trial::test(name, || run(case, title)).with_ignored_flag(excluded.is_some()));
+        }
+    }
+    trials
+}
+
+fn run(case: &'static Case, name: String) -> Result<(), Failed> {
+    let mut node = NODE.lock().expect("tests do not panic while they hold the lock");
+    let node = node.get_or_insert_with(Node::start);
+    let log = node.log_length();
+    let before = Leftovers::scan(&node.watched());
+    let started = Instant::now();
+    let result = panic::catch_unwind(AssertUnwindSafe(|| (case.run)(node)));
+    TIMES.lock().expect("nothing panics here").push((started.elapsed(), name));
+
+    let left = Leftovers::since(&before, &node.watched(), GRACE);
+    let containers = node.ctr(["containers", "list", "-q"]).run().text();
+    let mut failure = String::new();
+    if let Err(panic) = &result {
+        failure = text(panic.as_ref());
+    }
+    if !left.is_empty() {
+        failure += &format!("\nleft behind:\n{}", left.join("\n"));
+    }
+    if !containers.is_empty() {
+        failure += &format!("\ncontainers left behind:\n{containers}");
+    }
+    if failure.is_empty() {
+        return Ok(());
+    }
+    failure += &format!("\n--- containerd's log\n{}", node.log_since(log));
+    node.delete_everything();
+    Err(failure.into())
+}
+
+fn text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().cloned();
+    text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
+}

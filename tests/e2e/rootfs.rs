@@ -1,0 +1,141 @@
+//! Root file systems and what is mounted into them.
+
+use std::{fs, os::unix::fs::MetadataExt};
+
+use nacelle_tests::{
+    command::PATIENCE,
+    node::{BUSYBOX, Node},
+};
+use serde_json::json;
+
+use crate::Case;
+
+pub const CASES: &[Case] = &[
+    Case::new("writes_stay_in_the_container", writes_stay_in_the_container),
+    Case::new("read_only_rootfs", read_only_rootfs),
+    Case::new("bind_mount_of_a_directory", bind_mount_of_a_directory),
+    Case::new("bind_mount_of_a_file_hides_its_siblings", bind_mount_of_a_file_hides_its_siblings),
+    Case::new("bind_mounts_keep_owners_and_modes", bind_mounts_keep_owners_and_modes),
+    Case::new("tmpfs_mount", tmpfs_mount),
+    Case::new("thirty_layers", thirty_layers),
+    Case::new("a_hundred_layers", a_hundred_layers),
+    Case::new("a_distribution", a_distribution),
+    Case::new("file_system_semantics", file_system_semantics),
+];
+
+fn writes_stay_in_the_container(node: &Node) {
+    let script = "echo mine >/etc/passwd; rm -r /home; mkdir /new; echo x >/new/file; cat /etc/passwd; ls /new";
+    assert_eq!(node.run(&["--rm"], BUSYBOX, &["sh", "-c", script]).ok().text(), "mine\nfile");
+    let script = "test ! -e /new && test -d /home && grep -c root /etc/passwd";
+    assert_eq!(node.run(&["--rm"], BUSYBOX, &["sh", "-c", script]).ok().text(), "1");
+}
+
+fn read_only_rootfs(node: &Node) {
+    let script =
+        "touch /file 2>&1; touch /etc/passwd 2>&1; echo x >/dev/shm/file && echo shm; echo x >/dev/null && echo null";
+    let text = node.run(&["--rm", "--read-only"], BUSYBOX, &["sh", "-c", script]).ok().text();
+    assert_eq!(text.matches("Read-only file system").count(), 2, "{text}");
+    assert!(text.ends_with("shm\nnull"), "{text}");
+}
+
+/// A directory of the node's with two files.
+fn shared(node: &Node, name: &str) -> std::path::PathBuf {
+    let dir = node.path(name);
+    fs::create_dir_all(dir.join("below")).expect("make a directory");
+    fs::write(dir.join("one"), "1\n").expect("write a file");
+    fs::write(dir.join("two"), "2\n").expect("write a file");
+    dir
+}
+
+fn bind_mount_of_a_directory(node: &Node) {
+    let dir = shared(node, "directory");
+    let mount = |options| format!("type=bind,src={},dst=/mnt/shared,options={options}", dir.display());
+    let c = node.detached(&["--mount", &mount("rbind:rw")], BUSYBOX, &["sleep", "1000"]);
+    assert_eq!(c.sh("cat /mnt/shared/one /mnt/shared/two; echo 3 >/mnt/shared/below/three"), "1\n2");
+    assert_eq!(fs::read_to_string(dir.join("below/three")).expect("read what the container wrote"), "3\n");
+    // What the node changes while the container runs is seen, contents and names alike.
+    fs::write(dir.join("one"), "changed\n").expect("write a file");
+    fs::write(dir.join("four"), "4\n").expect("write a file");
+    fs::remove_file(dir.join("two")).expect("remove a file");
+    assert_eq!(c.sh("cat /mnt/shared/one /mnt/shared/four; ls /mnt/shared"), "changed\n4\nbelow\nfour\none");
+    c.remove();
+
+    let script = "cat /mnt/shared/one; touch /mnt/shared/one 2>&1; rm /mnt/shared/one 2>&1";
+    let run = node.run(&["--rm", "--mount", &mount("rbind:ro")], BUSYBOX, &["sh", "-c", script]).run();
+    assert_eq!(run.text().matches("Read-only file system").count(), 2, "{run}");
+    assert!(dir.join("one").exists());
+}
+
+fn bind_mount_of_a_file_hides_its_siblings(node: &Node) {
+    let dir = shared(node, "siblings");
+    let mount = format!("type=bind,src={},dst=/etc/one,options=bind:rw", dir.join("one").display());
+    let script = "cat /etc/one; echo written >/etc/one; find / -xdev -name two; \
+                  for d in $(awk '{print $2}' /proc/mounts); do ls $d/two 2>/dev/null; done; echo done";
+    let run = node.run(&["--rm", "--mount", &mount], BUSYBOX, &["sh", "-c", script]).ok();
+    assert_eq!(run.text(), "1\ndone");
+    assert_eq!(fs::read_to_string(dir.join("one")).expect("read the file"), "written\n");
+}
+
+fn bind_mounts_keep_owners_and_modes(node: &Node) {
+    let dir = shared(node, "owners");
+    std::os::unix::fs::chown(dir.join("one"), Some(1000), Some(2000)).expect("change the owner");
+    let mount = format!("type=bind,src={},dst=/shared,options=rbind:rw", dir.display());
+    let c = node.created(&["--mount", &mount], BUSYBOX, &[
+        "sh",
+        "-c",
+        "stat -c %u:%g:%a /shared/one /shared/two; touch /shared/new; chown 1234:5678 /shared/new; chmod 4750 /shared/new; \
+         ln -s one /shared/link; ln /shared/one /shared/hard; mkfifo /shared/fifo; mv /shared/two /shared/moved",
+    ]);
+    c.edit(|spec| spec["process"]["noNewPrivileges"] = json!(false));
+    assert_eq!(c.start(&[]).ok().text(), "1000:2000:644\n0:0:644");
+    c.delete();
+    let new = fs::metadata(dir.join("new")).expect("the container made it");
+    assert_eq!((new.uid(), new.gid(), new.mode() & 0o7777), (1234, 5678, 0o4750));
+    assert_eq!(fs::metadata(dir.join("hard")).expect("the container made it").nlink(), 2);
+    assert_eq!(fs::read_link(dir.join("link")).expect("the container made it").as_os_str(), "one");
+    assert!(dir.join("fifo").exists() && dir.join("moved").exists() && !dir.join("two").exists());
+}
+
+fn tmpfs_mount(node: &Node) {
+    let mount = "type=tmpfs,src=tmpfs,dst=/scratch,options=size=1m:mode=1777";
+    let script = "stat -c %a /scratch; dd if=/dev/zero of=/scratch/file bs=1M count=2 2>&1; stat -c %s /scratch/file";
+    let run = node.run(&["--rm", "--mount", mount], BUSYBOX, &["sh", "-c", script]).ok();
+    assert!(run.text().starts_with("1777\n") && run.text().ends_with("\n1048576"), "{run}");
+    assert!(run.text().contains("No space left"), "{run}");
+}
+
+/// Every layer's file is there, and the last word on a file that several layers have.
+fn layers(node: &Node, count: u32) {
+    let image = node.image(&format!("layers-{count}"));
+    let run = node.run(&["--rm"], &image, &["sh", "-c", "ls /layers | wc -l; cat /layers/*"]).within(PATIENCE * 3).ok();
+    let text = run.text();
+    let mut lines = text.lines();
+    let files: u32 = lines.next().and_then(|n| n.parse().ok()).expect("a number");
+    assert!(files + 1 >= count, "{files} files of {count} layers");
+}
+
+fn thirty_layers(node: &Node) {
+    layers(node, 30);
+}
+
+fn a_hundred_layers(node: &Node) {
+    layers(node, 100);
+}
+
+fn a_distribution(node: &Node) {
+    let image = node.image("debian-python");
+    let script = "import os, json, hashlib; print(json.dumps(sorted(os.listdir('/'))[:3]), hashlib.sha256(b'x').hexdigest()[:8])";
+    let run = node.run(&["--rm"], &image, &["python3", "-c", script]).within(PATIENCE * 3).ok();
+    assert_eq!(run.text(), r#"["bin", "boot", "dev"] 2d711642"#);
+}
+
+fn file_system_semantics(node: &Node) {
+    // Things programs rely on, over a lower that is read-only: copy-up, rename, links, xattrs, sparse files, and
+    // a directory that was deleted and made again.
+    let script = "set -e; cd /etc; cp -a passwd copy; mv copy moved; ln moved hard; ln -s moved soft; \
+                  chmod 600 group; stat -c %a group; truncate -s 1G sparse; du -k sparse | cut -f1; \
+                  rm -r /home; mkdir /home; ls /home | wc -l; \
+                  mv /var /var2; test -d /var2 && echo renamed; stat -c %h moved";
+    let run = node.run(&["--rm"], BUSYBOX, &["sh", "-c", script]).ok();
+    assert_eq!(run.text(), "600\n0\n0\nrenamed\n2");
+}
