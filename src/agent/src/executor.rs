@@ -1,0 +1,179 @@
+//! The last steps between libcontainer and a container's program, inside the container.
+//!
+//! ```text
+//!  libcontainer: namespaces, mounts, cgroup, user ─► executor, still with all capabilities
+//!    terminal: owner and size ─► working directory ─► seccomp filter and capabilities ─► execve
+//! ```
+//!
+//! What goes wrong here is reported through the runner's pipe, which closes by itself when execve succeeds.
+
+use std::ffi::CString;
+use std::io;
+use std::os::unix::ffi::OsStringExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use libcontainer::capabilities::drop_privileges;
+use libcontainer::syscall::syscall::create_syscall;
+use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
+use nix::errno::Errno;
+use oci_spec::runtime::Spec;
+use rustix::termios::{Winsize, tcsetwinsize};
+use thiserror::Error;
+
+use crate::console::chain;
+use crate::runner::{Line, Reporter};
+use crate::spec::Execute;
+
+/// Exit code of a process whose program is not there, as shells have it.
+const NOT_FOUND: i32 = 127;
+/// Exit code of a process whose program cannot be executed.
+const NOT_EXECUTABLE: i32 = 126;
+
+/// Why a program could not be started. The words for a missing program are those that callers look for.
+#[derive(Debug, Error)]
+enum LaunchError {
+    #[error("set up terminal")]
+    Terminal(#[source] io::Error),
+    #[error("chdir to cwd ({cwd:?}): {}", words(*.errno))]
+    Cwd { cwd: std::path::PathBuf, errno: Errno },
+    #[error("install seccomp filter")]
+    Seccomp(#[source] libcontainer::seccomp::SeccompError),
+    #[error("drop capabilities")]
+    Capabilities(#[source] libcontainer::syscall::SyscallError),
+    #[error("exec {name:?}: {}", words(*.errno))]
+    Exec { name: String, errno: Errno },
+    #[error("exec {0:?}: executable file not found in $PATH: no such file or directory")]
+    NotInPath(String),
+}
+
+impl LaunchError {
+    fn code(&self) -> i32 {
+        match self {
+            Self::NotInPath(_) | Self::Exec { errno: Errno::ENOENT | Errno::ENOTDIR, .. } => NOT_FOUND,
+            Self::Exec { .. } | Self::Cwd { .. } => NOT_EXECUTABLE,
+            _ => 1,
+        }
+    }
+}
+
+fn words(errno: Errno) -> String {
+    errno.desc().to_lowercase()
+}
+
+/// Performs [`Execute`].
+#[derive(Clone)]
+pub struct LastSteps {
+    execute: Arc<Execute>,
+    reporter: Reporter,
+}
+
+impl LastSteps {
+    /// Steps that report failure to `reporter`.
+    pub fn new(execute: Execute, reporter: Reporter) -> Self {
+        Self { execute: Arc::new(execute), reporter }
+    }
+
+    fn launch(&self, spec: &Spec) -> Result<std::convert::Infallible, LaunchError> {
+        let syscall = create_syscall();
+        self.terminal().map_err(LaunchError::Terminal)?;
+        self.enter_cwd().map_err(|errno| LaunchError::Cwd { cwd: self.execute.cwd.clone(), errno })?;
+        let drop_capabilities =
+            || drop_privileges(&self.execute.capabilities, syscall.as_ref()).map_err(LaunchError::Capabilities);
+        let filter = || match &self.execute.seccomp {
+            Some(seccomp) => libcontainer::seccomp::initialize_seccomp(seccomp).map(drop).map_err(LaunchError::Seccomp),
+            None => Ok(()),
+        };
+        let process = spec.process().as_ref();
+        // A filter wants either a process that can gain no privileges, or a privileged one. As late as possible.
+        if process.and_then(|process| process.no_new_privileges()) == Some(true) {
+            drop_capabilities()?;
+            filter()?;
+        } else {
+            filter()?;
+            drop_capabilities()?;
+        }
+        let args = process.and_then(|process| process.args().clone()).unwrap_or_default();
+        execve(&args)
+    }
+
+    fn terminal(&self) -> io::Result<()> {
+        let Some(terminal) = self.execute.terminal else { return Ok(()) };
+        let stdin = std::io::stdin();
+        if let Some((rows, columns)) = terminal.size {
+            tcsetwinsize(&stdin, Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 })?;
+        }
+        std::os::unix::fs::fchown(&stdin, Some(terminal.uid), None)
+    }
+
+    fn enter_cwd(&self) -> Result<(), Errno> {
+        let cwd = &self.execute.cwd;
+        match nix::unistd::chdir(cwd.as_path()) {
+            Err(Errno::ENOENT) if self.execute.make_cwd => {
+                make_directories(cwd).map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))?;
+                nix::unistd::chdir(cwd.as_path())?;
+            }
+            entered => entered?,
+        }
+        // A directory outside of the root shows itself by its name.
+        let here = nix::unistd::getcwd()?;
+        if here.is_absolute() { Ok(()) } else { Err(Errno::ENOENT) }
+    }
+}
+
+/// Like `mkdir -p`, and what it makes is root's even though the process has another user by now.
+fn make_directories(path: &Path) -> io::Result<()> {
+    let missing: Vec<_> = path.ancestors().take_while(|ancestor| !ancestor.exists()).collect();
+    for directory in missing.into_iter().rev() {
+        std::fs::create_dir(directory)?;
+        std::os::unix::fs::chown(directory, Some(0), Some(0))?;
+    }
+    Ok(())
+}
+
+fn execve(args: &[String]) -> Result<std::convert::Infallible, LaunchError> {
+    let name = args.first().cloned().unwrap_or_default();
+    let c_args = args.iter().map(|arg| CString::new(arg.as_str())).collect::<Result<Vec<_>, _>>();
+    let c_env = std::env::vars_os()
+        .map(|(key, value)| CString::new([key.into_vec(), value.into_vec()].join(&b'=')))
+        .collect::<Result<Vec<_>, _>>();
+    let (Ok(c_args), Ok(c_env)) = (c_args, c_env) else {
+        return Err(LaunchError::Exec { name, errno: Errno::EINVAL });
+    };
+    let try_path = |path: &str| match CString::new(path) {
+        Ok(path) => nix::unistd::execve(&path, &c_args, &c_env).map_or_else(|errno| errno, |never| match never {}),
+        Err(_) => Errno::EINVAL,
+    };
+    if name.contains('/') {
+        let errno = try_path(&name);
+        return Err(LaunchError::Exec { name, errno });
+    }
+    let path = std::env::var("PATH").unwrap_or_default();
+    let mut denied = None;
+    for directory in path.split(':') {
+        let directory = if directory.is_empty() { "." } else { directory };
+        match try_path(&format!("{directory}/{name}")) {
+            Errno::ENOENT | Errno::ENOTDIR => {}
+            errno @ Errno::EACCES => denied = Some(errno),
+            errno => return Err(LaunchError::Exec { name, errno }),
+        }
+    }
+    Err(match denied {
+        Some(errno) => LaunchError::Exec { name, errno },
+        None => LaunchError::NotInPath(name),
+    })
+}
+
+impl Executor for LastSteps {
+    fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
+        let Err(error) = self.launch(spec);
+        let code = error.code();
+        self.reporter.send(&Line::NotExecuted { code, text: chain(&error) });
+        std::process::exit(code)
+    }
+
+    fn validate(&self, _spec: &Spec) -> Result<(), ExecutorValidationError> {
+        // Whether there is such a program is found out by executing it, when the container is started.
+        Ok(())
+    }
+}

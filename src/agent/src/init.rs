@@ -1,0 +1,168 @@
+//! The first steps of PID 1, before there is a runtime, and the last ones. Plain code, top to bottom.
+//!
+//! The kernel starts the agent out of a virtual file system that can hold nothing but mount points. libcontainer pivots
+//! out of the agent's root, so that has to become a file system of its own: a tmpfs, which also keeps a copy of the
+//! agent, because that is executed for every container and every exec.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use nacelle_protocol::agent::CONTAINERS_DIR;
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
+use rustix::process::{Resource, Rlimit, pivot_root, setrlimit};
+use rustix::system::{RebootCommand, reboot, sethostname};
+use thiserror::Error;
+
+use crate::cgroup::{self, CgroupError};
+
+/// Mount point in the virtual root that becomes the root.
+const NEW_ROOT: &str = "/newroot";
+
+/// Copy of the agent.
+const PROGRAM: &str = "/run/nacelle/agent";
+
+/// Descriptors a process may have, where its container does not say.
+const MAX_FILES: u64 = 1 << 20;
+
+/// Kernel settings of a node that runs containers. Those that a kernel does not have are left out.
+const SYSCTLS: &[(&str, &str)] = &[
+    // An oops ends the guest, and with that the pod, rather than leaving half a kernel.
+    ("kernel/panic_on_oops", "1"),
+    ("kernel/pid_max", "4194304"),
+    ("kernel/keys/root_maxkeys", "1000000"),
+    ("kernel/keys/root_maxbytes", "25000000"),
+    ("fs/inotify/max_user_instances", "8192"),
+    ("fs/inotify/max_user_watches", "524288"),
+    ("vm/max_map_count", "262144"),
+    ("vm/overcommit_memory", "1"),
+];
+
+/// A step that failed.
+#[derive(Debug, Error)]
+pub enum InitError {
+    /// A file system.
+    #[error("mount {0} on {1}")]
+    Mount(&'static str, PathBuf, #[source] io::Error),
+    /// A file or directory.
+    #[error("create {0}")]
+    Create(PathBuf, #[source] io::Error),
+    /// The new root.
+    #[error("switch root")]
+    Root(#[source] io::Error),
+    /// The cgroups.
+    #[error("delegate cgroup controllers")]
+    Cgroup(#[source] CgroupError),
+    /// The loopback interface.
+    #[error("set loopback up")]
+    Loopback(#[source] io::Error),
+    /// Limits and names.
+    #[error("set {0}")]
+    Set(&'static str, #[source] io::Error),
+}
+
+/// Makes a bare kernel a place for containers. Returns the path of the agent's copy.
+///
+/// # Errors
+/// [`InitError`]: the machine is of no use then.
+pub fn boot() -> Result<PathBuf, InitError> {
+    let safe = MountFlags::NOSUID | MountFlags::NODEV;
+    let inert = safe | MountFlags::NOEXEC;
+    let new_root = Path::new(NEW_ROOT);
+    attach("tmpfs", new_root, safe, "mode=0755,nr_inodes=0")?;
+    for directory in ["dev", "proc", "sys", "run/nacelle", "tmp"] {
+        let path = new_root.join(directory);
+        fs::create_dir_all(&path).map_err(|error| InitError::Create(path, error))?;
+    }
+    attach("proc", &new_root.join("proc"), inert, "")?;
+    let copy = Path::new(NEW_ROOT).join(PROGRAM.trim_start_matches('/'));
+    fs::copy(new_root.join("proc/self/exe"), &copy).map_err(|error| InitError::Create(copy, error))?;
+    enter(new_root).map_err(InitError::Root)?;
+
+    attach("sysfs", Path::new("/sys"), inert, "")?;
+    attach("cgroup2", Path::new(cgroup::ROOT), inert, "nsdelegate,memory_recursiveprot")?;
+    attach("devtmpfs", Path::new("/dev"), MountFlags::NOSUID, "mode=0755")?;
+    attach_in_dev("devpts", "pts", MountFlags::NOSUID | MountFlags::NOEXEC, "gid=5,mode=0620,ptmxmode=0666")?;
+    attach_in_dev("tmpfs", "shm", inert, "mode=1777")?;
+    attach_in_dev("mqueue", "mqueue", inert, "")?;
+    attach("tmpfs", Path::new("/tmp"), safe, "mode=1777")?;
+    fs::create_dir_all(CONTAINERS_DIR).map_err(|error| InitError::Create(CONTAINERS_DIR.into(), error))?;
+
+    cgroup::delegate(Path::new(cgroup::ROOT)).map_err(InitError::Cgroup)?;
+    loopback_up().map_err(InitError::Loopback)?;
+    for (name, value) in SYSCTLS {
+        // A kernel that has no such setting needs none.
+        let _ = fs::write(Path::new("/proc/sys").join(name), value);
+    }
+    let files = Rlimit { current: Some(MAX_FILES), maximum: Some(MAX_FILES) };
+    setrlimit(Resource::Nofile, files).map_err(|error| InitError::Set("limit of open files", error.into()))?;
+    sethostname(b"nacelle").map_err(|error| InitError::Set("host name", error.into()))?;
+    Ok(PROGRAM.into())
+}
+
+fn attach(fstype: &'static str, target: &Path, flags: MountFlags, options: &str) -> Result<(), InitError> {
+    let options = std::ffi::CString::new(options).map_err(|error| InitError::Root(error.into()))?;
+    mount(fstype, target, fstype, flags, options.as_c_str())
+        .map_err(|error| InitError::Mount(fstype, target.to_owned(), error.into()))
+}
+
+fn attach_in_dev(fstype: &'static str, name: &'static str, flags: MountFlags, options: &str) -> Result<(), InitError> {
+    let target = Path::new("/dev").join(name);
+    // devtmpfs may have it already.
+    let _ = fs::create_dir(&target);
+    attach(fstype, &target, flags, options)
+}
+
+/// Makes `new_root` the root; the old one is gone as soon as nobody uses it.
+fn enter(new_root: &Path) -> io::Result<()> {
+    rustix::process::chdir(new_root)?;
+    // The old root comes to lie on top of the new one, from where it is taken away (pivot_root(2), "NOTES").
+    pivot_root(".", ".")?;
+    unmount(".", UnmountFlags::DETACH)?;
+    Ok(rustix::process::chdir("/")?)
+}
+
+/// Sets interface 1, which is `lo` in every network namespace, up: RTM_NEWLINK with IFF_UP (rtnetlink(7)).
+fn loopback_up() -> io::Result<()> {
+    const LENGTH: u32 = 32;
+    const RTM_NEWLINK: u16 = 16;
+    const NLM_F_REQUEST_ACK: u16 = 0x1 | 0x4;
+    const IFF_UP: u32 = 1;
+    let mut message = Vec::with_capacity(LENGTH as usize);
+    // struct nlmsghdr: length, type, flags, sequence, port
+    message.extend(LENGTH.to_ne_bytes());
+    message.extend(RTM_NEWLINK.to_ne_bytes());
+    message.extend(NLM_F_REQUEST_ACK.to_ne_bytes());
+    message.extend(1u32.to_ne_bytes());
+    message.extend(0u32.to_ne_bytes());
+    // struct ifinfomsg: family, pad, type, index, flags, mask of the flags to change
+    message.extend([0; 4]);
+    message.extend(1i32.to_ne_bytes());
+    message.extend(IFF_UP.to_ne_bytes());
+    message.extend(IFF_UP.to_ne_bytes());
+
+    // No protocol is NETLINK_ROUTE.
+    let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
+    rustix::net::sendto(&socket, &message, SendFlags::empty(), &netlink::SocketAddrNetlink::new(0, 0))?;
+    let mut answer = [0; 256];
+    let (received, _) = rustix::net::recv(&socket, &mut answer, RecvFlags::empty())?;
+    // struct nlmsghdr, then struct nlmsgerr, whose first member is minus the error number, or zero.
+    let error = answer.get(16..20).filter(|_| received >= 20).and_then(|bytes| bytes.try_into().ok());
+    match error.map(i32::from_ne_bytes) {
+        Some(0) => Ok(()),
+        Some(error) => Err(io::Error::from_raw_os_error(error.wrapping_neg())),
+        None => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
+/// Ends the guest: kills what is left, makes the disk whole, resets. A guest of libkrun ends by a reset; power-off hangs.
+pub fn reset() -> ! {
+    // All processes but this one.
+    let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(-1), nix::sys::signal::Signal::SIGKILL);
+    while matches!(nix::sys::wait::wait(), Ok(_) | Err(nix::errno::Errno::EINTR)) {}
+    crate::mount::unmount_all();
+    let _ = reboot(RebootCommand::Restart);
+    // PID 1 that exits makes the kernel panic, which resets too.
+    std::process::exit(1)
+}

@@ -1,0 +1,47 @@
+//! The agent: PID 1 of a pod's microVM, and everything that runs inside it.
+//!
+//! ```text
+//!                      ┌ init ─ file systems, cgroups, loopback; plain code, before any runtime
+//!  main ── PID 1 ──────┤
+//!                      └ serve ─ ttrpc on the one connection that the guest dialled
+//!                          ├ guest ── create, exec, control    what containerd's Task service asks for
+//!                          │    ├ task      one container and its processes: pure state
+//!                          │    ├ spec      what libcontainer gets to see of an OCI configuration
+//!                          │    ├ mount     lowers (EROFS) and the overlay over them
+//!                          │    ├ cgroup, limits, stats
+//!                          │    └ stdio     pipes and terminals ⇄ frames on vsock
+//!                          ├ reap, events   every exit once, in order
+//!                          └ clock
+//!  main ── "runner" ───── runner, executor ─ one libcontainer operation in a process of its own, then exit
+//! ```
+//!
+//! One thread serves; a second exists only while file systems are mounted or removed. libcontainer clones, changes
+//! directories and resource limits, so it never runs in the server: the agent executes itself again as a *runner*.
+//!
+//! The agent trusts the host and no container. It knows nothing of containerd's daemon, of images, of the layer cache,
+//! of libkrun, nor of any path on the host.
+
+pub mod cgroup;
+pub mod clock;
+pub mod console;
+pub mod control;
+pub mod create;
+pub mod dial;
+pub mod events;
+pub mod exec;
+pub mod executor;
+pub mod fd;
+pub mod guest;
+pub mod init;
+pub mod limits;
+pub mod mount;
+pub mod reap;
+pub mod runner;
+pub mod serve;
+pub mod service;
+pub mod spawn;
+pub mod spec;
+pub mod stats;
+pub mod stdio;
+pub mod task;
+pub mod terminal;

@@ -1,0 +1,311 @@
+//! The guest's mounts: shares, the upper disk, and each container's root file system.
+//!
+//! ```text
+//!  /run/nacelle/layers/<name>  ──erofs, straight on the file──► /run/nacelle/lowers/<n>    once, however many use it
+//!                                                                     │ lowerdir+ (topmost first)
+//!  /run/nacelle/upper/<id>/{upper,work} ──────────────────────────────┤
+//!                                                                     ▼
+//!                                          overlay on /run/nacelle/containers/<id>/rootfs
+//! ```
+//!
+//! The overlay is made with fsopen(2) and its successors: each lower is an option of its own, so their number is not
+//! bound by the page that mount(2) has for options. It is `volatile`: an upper lives no longer than its container, so
+//! nobody is served by syncing it. It is private: a mount that a container makes never appears in the agent's namespace,
+//! where removing a container's files could reach into it.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use nacelle_protocol::agent::{CONTAINERS_DIR, LAYERS_DIR, UPPER_DIR};
+use rustix::fs::CWD;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
+    fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount, mount_change, move_mount, unmount,
+};
+use thiserror::Error;
+
+/// Mount points of the lowers.
+const LOWERS_DIR: &str = "/run/nacelle/lowers";
+
+/// Most lowers of one overlay (the kernel's OVL_MAX_STACK).
+const MAX_LOWERS: usize = 500;
+
+/// What went wrong with a mount.
+#[derive(Debug, Error)]
+pub enum MountError {
+    /// A lower's name is not a file name.
+    #[error("read name of lower {0:?}: expected a file name")]
+    Name(String),
+    /// Too few or too many lowers.
+    #[error("mount {0} lowers: expected 1 to {MAX_LOWERS}")]
+    Count(usize),
+    /// A mount point that is not below /run/nacelle.
+    #[error("mount on {0:?}: expected a path below /run/nacelle")]
+    Target(String),
+    /// A directory.
+    #[error("{verb} {path}")]
+    Io {
+        /// What was being done.
+        verb: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// A mount.
+    #[error("mount {what} on {target}")]
+    Mount {
+        /// File, tag, device or file system.
+        what: String,
+        /// Mount point.
+        target: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// No disk of that serial number.
+    #[error("find disk {0:?}: no block device has this serial number")]
+    NoDisk(String),
+}
+
+fn io_error<'a>(verb: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> MountError + 'a {
+    move |source| MountError::Io { verb, path: path.to_owned(), source }
+}
+
+/// The lowers that are mounted, and how many containers use each.
+#[derive(Default)]
+pub struct Lowers {
+    table: Mutex<Table>,
+}
+
+#[derive(Default)]
+struct Table {
+    next: u64,
+    mounted: HashMap<String, (PathBuf, usize)>,
+}
+
+impl Lowers {
+    fn acquire(&self, name: &str) -> Result<PathBuf, MountError> {
+        if name.is_empty() || name.contains(['/', '\0']) || matches!(name, "." | "..") {
+            return Err(MountError::Name(name.chars().take(80).collect()));
+        }
+        let mut table = self.lock();
+        if let Some((target, users)) = table.mounted.get_mut(name) {
+            *users += 1;
+            return Ok(target.clone());
+        }
+        let target = Path::new(LOWERS_DIR).join(table.next.to_string());
+        table.next += 1;
+        fs::create_dir_all(&target).map_err(io_error("create", &target))?;
+        let file = Path::new(LAYERS_DIR).join(name);
+        // No loop device: EROFS reads the file itself (Linux 6.12).
+        let flags = MountFlags::RDONLY | MountFlags::NOATIME;
+        if let Err(error) = mount(&file, &target, "erofs", flags, None) {
+            // Nothing is in it, and nobody has heard of it.
+            let _ = fs::remove_dir(&target);
+            return Err(MountError::Mount { what: file.display().to_string(), target, source: error.into() });
+        }
+        table.mounted.insert(name.to_owned(), (target.clone(), 1));
+        Ok(target)
+    }
+
+    fn release(&self, name: &str) {
+        let mut table = self.lock();
+        let Some((target, users)) = table.mounted.get_mut(name) else { return };
+        *users -= 1;
+        if *users == 0 {
+            let target = target.clone();
+            table.mounted.remove(name);
+            detach(&target);
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Table> {
+        self.table.lock().expect("nothing panics while it holds the table of lowers")
+    }
+}
+
+/// Where the root file system of container `id` is mounted.
+pub fn rootfs_path(id: &str) -> PathBuf {
+    Path::new(CONTAINERS_DIR).join(id).join("rootfs")
+}
+
+/// Mounts the root file system of container `id`; `names` are its lowers, bottom first.
+///
+/// # Errors
+/// [`MountError`]; nothing stays mounted.
+pub fn mount_rootfs(lowers: &Lowers, id: &str, names: &[String]) -> Result<(), MountError> {
+    if names.is_empty() || names.len() > MAX_LOWERS {
+        return Err(MountError::Count(names.len()));
+    }
+    let mut targets = Vec::with_capacity(names.len());
+    let mounted = names.iter().try_for_each(|name| lowers.acquire(name).map(|target| targets.push(target)));
+    let mounted = mounted.and_then(|()| overlay(id, &targets));
+    if mounted.is_err() {
+        names.iter().take(targets.len()).for_each(|name| lowers.release(name));
+        // It may not exist yet.
+        let _ = fs::remove_dir(rootfs_path(id));
+        remove_upper(id);
+    }
+    mounted
+}
+
+/// Undoes [`mount_rootfs`]; the upper is gone with it. What cannot be undone is said on the console.
+pub fn unmount_rootfs(lowers: &Lowers, id: &str, names: &[String]) {
+    detach(&rootfs_path(id));
+    names.iter().for_each(|name| lowers.release(name));
+    remove_upper(id);
+}
+
+fn remove_upper(id: &str) {
+    let path = Path::new(UPPER_DIR).join(id);
+    match fs::remove_dir_all(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => crate::say!("remove {}: {error}", path.display()),
+        _ => {}
+    }
+}
+
+/// Unmounts and removes a mount point. Lazily, because the mount namespace of a container whose last process has just
+/// ended may live on for a moment.
+fn detach(target: &Path) {
+    if let Err(error) = unmount(target, UnmountFlags::DETACH) {
+        crate::say!("unmount {}: {error}", target.display());
+    }
+    if let Err(error) = fs::remove_dir(target) {
+        crate::say!("remove {}: {error}", target.display());
+    }
+}
+
+/// `lowers`: mounted, bottom first.
+fn overlay(id: &str, lowers: &[PathBuf]) -> Result<(), MountError> {
+    let target = rootfs_path(id);
+    let upper = Path::new(UPPER_DIR).join(id).join("upper");
+    let work = Path::new(UPPER_DIR).join(id).join("work");
+    for directory in [&target, &upper, &work] {
+        fs::create_dir_all(directory).map_err(io_error("create", directory))?;
+    }
+    // The root of the overlay is that of the upper, so it has to look like that of the image.
+    if let Some(top) = lowers.last() {
+        let like = fs::metadata(top).map_err(io_error("look at", top))?;
+        let mode = fs::Permissions::from_mode(like.mode() & 0o7777);
+        std::os::unix::fs::chown(&upper, Some(like.uid()), Some(like.gid())).map_err(io_error("own", &upper))?;
+        fs::set_permissions(&upper, mode).map_err(io_error("set mode of", &upper))?;
+    }
+    let mounted = || -> io::Result<()> {
+        let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        fsconfig_set_string(&context, "source", "overlay")?;
+        // The first one is the topmost.
+        for lower in lowers.iter().rev() {
+            fsconfig_set_string(&context, "lowerdir+", lower)?;
+        }
+        fsconfig_set_string(&context, "upperdir", &upper)?;
+        fsconfig_set_string(&context, "workdir", &work)?;
+        fsconfig_set_flag(&context, "volatile")?;
+        fsconfig_create(&context)?;
+        let overlay = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+        Ok(move_mount(&overlay, "", CWD, &target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
+    };
+    mounted().map_err(|source| MountError::Mount {
+        what: format!("overlay of {} lowers", lowers.len()),
+        target,
+        source,
+    })
+}
+
+/// Mounts the virtiofs share `tag` on `target`.
+///
+/// # Errors
+/// [`MountError`]
+pub fn mount_share(tag: &str, target: &str, read_only: bool) -> Result<(), MountError> {
+    let path = Path::new(target);
+    let below = path.starts_with("/run/nacelle") && !path.components().any(|c| c.as_os_str() == "..");
+    if !below || target.contains('\0') {
+        return Err(MountError::Target(target.chars().take(80).collect()));
+    }
+    fs::create_dir_all(path).map_err(io_error("create", path))?;
+    let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
+    if read_only {
+        flags |= MountFlags::RDONLY;
+    }
+    // What the host mounts below the share later reaches the containers that have it as a slave.
+    mount(tag, path, "virtiofs", flags, None).and_then(|()| mount_change(path, MountPropagationFlags::SHARED)).map_err(
+        |error| MountError::Mount { what: format!("share {tag}"), target: path.to_owned(), source: error.into() },
+    )
+}
+
+/// Mounts the ext4 disk with serial number `serial` where the uppers live.
+///
+/// # Errors
+/// [`MountError`]
+pub fn mount_upper(serial: &str) -> Result<(), MountError> {
+    let device = find_disk(Path::new("/sys/block"), serial)?;
+    let target = Path::new(UPPER_DIR);
+    fs::create_dir_all(target).map_err(io_error("create", target))?;
+    mount(&device, target, "ext4", MountFlags::NOATIME, None).map_err(|error| MountError::Mount {
+        what: device.display().to_string(),
+        target: target.to_owned(),
+        source: error.into(),
+    })
+}
+
+fn find_disk(sys_block: &Path, serial: &str) -> Result<PathBuf, MountError> {
+    let disks = fs::read_dir(sys_block).map_err(io_error("list", sys_block))?;
+    for disk in disks.flatten() {
+        // Devices other than virtio-blk have no serial number there.
+        let Ok(found) = fs::read_to_string(disk.path().join("serial")) else { continue };
+        if found.trim_end() == serial {
+            return Ok(Path::new("/dev").join(disk.file_name()));
+        }
+    }
+    Err(MountError::NoDisk(serial.chars().take(80).collect()))
+}
+
+/// Takes the file systems with the uppers away, so that what is on the disk is whole. Best effort: the machine is about
+/// to reset.
+pub fn unmount_all() {
+    for container in fs::read_dir(CONTAINERS_DIR).into_iter().flatten().flatten() {
+        let _ = unmount(container.path().join("rootfs"), UnmountFlags::empty());
+    }
+    rustix::fs::sync();
+    let _ = unmount(UPPER_DIR, UnmountFlags::empty());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lowers_are_file_names() {
+        let lowers = Lowers::default();
+        for bad in ["", ".", "..", "../x", "a/b", "a\0"] {
+            assert!(matches!(lowers.acquire(bad), Err(MountError::Name(_))), "{bad:?}");
+        }
+        assert!(matches!(mount_rootfs(&lowers, "x", &[]), Err(MountError::Count(0))));
+        assert!(matches!(mount_rootfs(&lowers, "x", &vec![String::new(); 501]), Err(MountError::Count(501))));
+    }
+
+    #[test]
+    fn shares_stay_below_run() {
+        for bad in ["/", "/etc", "run/nacelle/x", "/run/nacelle/../etc", "/run/nacelles"] {
+            assert!(matches!(mount_share("t", bad, true), Err(MountError::Target(_))), "{bad}");
+        }
+    }
+
+    #[test]
+    fn disks_are_found_by_serial() {
+        let sys = tempfile::tempdir().expect("directory");
+        for (name, serial) in [("vda", Some("other")), ("vdb", Some("upper\n")), ("loop0", None)] {
+            fs::create_dir(sys.path().join(name)).expect("disk");
+            if let Some(serial) = serial {
+                fs::write(sys.path().join(name).join("serial"), serial).expect("serial");
+            }
+        }
+        assert_eq!(find_disk(sys.path(), "upper").expect("found"), Path::new("/dev/vdb"));
+        assert!(matches!(find_disk(sys.path(), "none"), Err(MountError::NoDisk(_))));
+    }
+}
