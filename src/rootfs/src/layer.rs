@@ -81,6 +81,11 @@ pub enum LayerError {
     BadMarker(PathBuf),
 }
 
+/// Most parts of one sparse file that are told apart.
+const MAX_EXTENTS: usize = 16 << 10;
+/// Most parts of all sparse files together: 16 MiB of memory.
+const ALL_EXTENTS: usize = 1 << 20;
+
 /// Reads the layer in `path`. The tree's locations keep the directory open.
 pub fn scan(path: &Path, limits: &Limits) -> Result<Tree, LayerError> {
     let open =
@@ -103,6 +108,7 @@ struct Scan<'a> {
     hard_links: HashMap<(u32, u32, u64), InodeId>,
     entries: usize,
     bytes: u64,
+    extents_left: usize,
     values: Vec<u8>,
 }
 
@@ -130,6 +136,7 @@ impl<'a> Scan<'a> {
             hard_links: HashMap::new(),
             entries: 0,
             bytes: 0,
+            extents_left: ALL_EXTENTS,
             values: vec![0; 64 << 10], // the kernel's largest value and largest list
         }
     }
@@ -235,7 +242,9 @@ impl<'a> Scan<'a> {
         let node = match kind {
             FileType::Directory => Node::Directory(Vec::new()),
             FileType::RegularFile => {
-                let extents = extents(fd, name, &stat).map_err(|e| failed("find the holes of", e))?;
+                let max = MAX_EXTENTS.min(self.extents_left);
+                let extents = extents(fd, name, &stat, max).map_err(|e| failed("find the holes of", e))?;
+                self.extents_left -= extents.as_ref().map_or(0, Vec::len);
                 self.bytes += match &extents {
                     Some(extents) => extents.iter().map(|e| e.end - e.start).sum(),
                     None => stat.stx_size,
@@ -410,9 +419,9 @@ fn list(dir: &OwnedFd) -> rustix::io::Result<Vec<Box<[u8]>>> {
     Ok(names)
 }
 
-/// The parts of a file that hold data; `None` when it looks dense. A file in many pieces is reported in fewer, larger ones.
-fn extents(dir: &OwnedFd, name: &[u8], stat: &Statx) -> rustix::io::Result<Option<Vec<Range<u64>>>> {
-    const MAX: usize = 4096;
+/// The parts of a file that hold data; `None` when it looks dense. More than `max` parts are merged into fewer, larger ones.
+fn extents(dir: &OwnedFd, name: &[u8], stat: &Statx, max: usize) -> rustix::io::Result<Option<Vec<Range<u64>>>> {
+    const COARSEST: u64 = 1 << 40;
     if stat.stx_blocks * 512 >= stat.stx_size {
         return Ok(None);
     }
@@ -428,11 +437,14 @@ fn extents(dir: &OwnedFd, name: &[u8], stat: &Statx) -> rustix::io::Result<Optio
             Err(e) => return Err(e),
         };
         at = rustix::fs::seek(&file, SeekFrom::Hole(start))?;
-        push_extent(&mut extents, start / granule * granule, at, granule);
-        if extents.len() > MAX {
+        push_extent(&mut extents, start, at, granule);
+        while extents.len() > max {
+            if granule == COARSEST {
+                return Ok(None);
+            }
             granule *= 16;
             for extent in std::mem::take(&mut extents) {
-                push_extent(&mut extents, extent.start / granule * granule, extent.end, granule);
+                push_extent(&mut extents, extent.start, extent.end, granule);
             }
         }
     }
@@ -444,7 +456,7 @@ fn extents(dir: &OwnedFd, name: &[u8], stat: &Statx) -> rustix::io::Result<Optio
 }
 
 fn push_extent(extents: &mut Vec<Range<u64>>, start: u64, end: u64, granule: u64) {
-    let end = end.next_multiple_of(granule);
+    let (start, end) = (start / granule * granule, end.next_multiple_of(granule));
     match extents.last_mut() {
         Some(last) if last.end >= start => last.end = last.end.max(end),
         _ => extents.push(start..end),

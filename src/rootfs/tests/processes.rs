@@ -1,0 +1,96 @@
+//! The cache among processes: several start together, and one is killed in the middle (C4). A program of its own, without the
+//! test harness, because it runs itself as the other processes.
+//!
+//! `processes acquire ROOT SNAPSHOT` prints the outcome; without arguments it runs the tests.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nacelle_rootfs::{Cache, Limits, Lower, Outcome, RootfsPlan};
+
+fn main() {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["acquire", root, snapshot] => println!("{}", acquire(root.as_ref(), snapshot.as_ref())),
+        _ => {
+            together_they_convert_once();
+            killed_builders_leave_nothing();
+        }
+    }
+}
+
+/// What a shim does; says the outcome and the image's path.
+fn acquire(root: &Path, snapshot: &Path) -> String {
+    let cache = Cache::open(root, Limits::default()).unwrap();
+    let plan = RootfsPlan { lowers: vec![Lower::Snapshot(snapshot.into())], read_only: false };
+    let layer = cache.acquire_all(&plan, root, 1).unwrap().remove(0);
+    format!("{:?} {}", layer.outcome, layer.path.display())
+}
+
+fn spawn(root: &Path, snapshot: &Path) -> Child {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.arg("acquire").args([root, snapshot]).stdout(Stdio::piped()).spawn().unwrap()
+}
+
+fn outcome(child: Child) -> String {
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    BufReader::new(&*output.stdout).lines().next().unwrap().unwrap()
+}
+
+fn snapshot(dir: &Path, megabytes: u64) {
+    fs::create_dir_all(dir).unwrap();
+    let file = File::create(dir.join("large")).unwrap();
+    (0..megabytes).for_each(|i| file.write_all_at(&vec![i as u8; 1 << 20], i << 20).unwrap());
+}
+
+fn together_they_convert_once() {
+    let temp = tempfile::tempdir().unwrap();
+    let (root, layer) = (temp.path().join("root"), temp.path().join("snapshot"));
+    snapshot(&layer, 8);
+    let children: Vec<_> = (0..6).map(|_| spawn(&root, &layer)).collect();
+    let outcomes: Vec<_> = children.into_iter().map(outcome).collect();
+    let built = outcomes.iter().filter(|o| o.starts_with(&format!("{:?} ", Outcome::Built))).count();
+    let hits = outcomes.iter().filter(|o| o.starts_with(&format!("{:?} ", Outcome::Hit))).count();
+    assert_eq!((built, hits), (1, 5), "{outcomes:?}");
+    println!("together_they_convert_once ... ok");
+}
+
+/// kill -9 at many moments: the next process gets a sound image, and no temporary file outlives it.
+fn killed_builders_leave_nothing() {
+    let temp = tempfile::tempdir().unwrap();
+    let (root, layer) = (temp.path().join("root"), temp.path().join("snapshot"));
+    snapshot(&layer, 24);
+    let mut interrupted = 0;
+    for round in 0..20u64 {
+        let _ = fs::remove_dir_all(&root);
+        let mut child = spawn(&root, &layer);
+        let start = Instant::now();
+        // The later rounds wait for the image to appear, so that they strike while it is written.
+        while round >= 8 && !has_temporary(&root) && start.elapsed() < Duration::from_secs(20) {
+            std::thread::yield_now();
+        }
+        std::thread::sleep(Duration::from_millis(round));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        interrupted += u32::from(has_temporary(&root));
+        let said = acquire(&root, &layer);
+        let path = said.split_once(' ').unwrap().1;
+        let image = File::open(path).unwrap();
+        nacelle_rootfs::erofs::reader::Image::open(&image).unwrap().check().unwrap();
+        assert!(!has_temporary(&root), "{said}");
+        let cache = Cache::open(&root, Limits::default()).unwrap();
+        assert!(cache.verify().unwrap().iter().all(|v| v.problem.is_none()));
+    }
+    assert!(interrupted > 0, "no builder was struck while it wrote");
+    println!("killed_builders_leave_nothing ... ok ({interrupted} of 20 were writing)");
+}
+
+fn has_temporary(root: &Path) -> bool {
+    let entries = fs::read_dir(root.join("layers/erofs-v1")).into_iter().flatten().flatten();
+    entries.map(|e| e.file_name()).any(|name| name.to_string_lossy().ends_with("tmp"))
+}
