@@ -314,17 +314,16 @@ fn fork() -> io::Result<Option<Pid>> {
     if pid < 0 { Err(io::Error::last_os_error()) } else { Ok(Pid::from_raw(pid)) }
 }
 
-/// mount_setattr(2) on the mount that `tree` is, and with `recursive` on all below.
-fn set_attributes(tree: BorrowedFd<'_>, attributes: &libc::mount_attr, recursive: bool) -> io::Result<()> {
-    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+/// mount_setattr(2) on the mount whose root is `mount`.
+fn set_attributes(mount: BorrowedFd<'_>, attributes: &libc::mount_attr) -> io::Result<()> {
     // SAFETY: the path is a terminated string and the attributes are a struct of the size that is told; the kernel reads
     // both during the call only.
     check(unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
-            tree.as_raw_fd(),
+            mount.as_raw_fd(),
             c"".as_ptr(),
-            flags,
+            libc::AT_EMPTY_PATH,
             std::ptr::from_ref(attributes),
             size_of::<libc::mount_attr>(),
         )

@@ -1,36 +1,19 @@
-//! The mounts at and below a directory, out of `/proc/self/mountinfo` (proc_pid_mountinfo(5)).
+//! The mount points below a directory, out of `/proc/self/mountinfo` (proc_pid_mountinfo(5)).
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
-/// One mount.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Mount {
-    /// Where it is, relative to the directory that was asked for; empty for that directory itself.
-    pub below: PathBuf,
-    /// Somebody has mapped its ids already.
-    pub mapped: bool,
-}
-
-/// Mounts at or below `dir`, each place once, parents before children. `dir` itself comes first, a mount or not.
-pub fn below(mountinfo: &[u8], dir: &Path) -> Vec<Mount> {
-    let mut mounts = vec![Mount { below: PathBuf::new(), mapped: false }];
-    for line in mountinfo.split(|&b| b == b'\n') {
+/// Mount points below `dir`, relative to it, each once and parents before children. `dir` itself is not among them.
+pub fn below(mountinfo: &[u8], dir: &Path) -> BTreeSet<PathBuf> {
+    mountinfo
+        .split(|&b| b == b'\n')
         // 36 35 98:0 /root /mount\040point rw,relatime shared:1 - ext4 /dev/root rw
-        let mut fields = line.split(|&b| b == b' ');
-        let (Some(point), Some(options)) = (fields.nth(4), fields.next()) else { continue };
-        let point = unescape(point);
-        let Ok(below) = point.strip_prefix(dir) else { continue };
-        let mapped = options.split(|&b| b == b',').any(|option| option == b"idmapped");
-        // Mounts are listed in the order of mounting: a later one at the same place hides the earlier one.
-        match mounts.iter_mut().find(|mount| mount.below == below) {
-            Some(mount) => mount.mapped = mapped,
-            None => mounts.push(Mount { below: below.to_owned(), mapped }),
-        }
-    }
-    mounts[1..].sort_by(|a, b| a.below.cmp(&b.below));
-    mounts
+        .filter_map(|line| line.split(|&b| b == b' ').nth(4))
+        .filter_map(|point| Some(unescape(point).strip_prefix(dir).ok()?.to_owned()))
+        .filter(|below| !below.as_os_str().is_empty())
+        .collect()
 }
 
 /// Space, tab, newline and backslash are written as three octal digits.
@@ -59,22 +42,20 @@ mod tests {
     use super::*;
 
     const TEXT: &[u8] = b"21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n\
+        39 21 0:29 / /run/v rw - tmpfs tmpfs rw\n\
         40 21 0:30 / /run/v/b\\040c rw,nosuid shared:9 - tmpfs tmpfs rw\n\
-        41 21 0:31 / /run/v/a rw,nodev,idmapped - ext4 /dev/sdb rw\n\
         42 41 0:32 / /run/v/a/deep rw - ext4 /dev/sdc rw\n\
+        41 21 0:31 / /run/v/a rw,nodev,idmapped - ext4 /dev/sdb rw\n\
+        44 41 0:34 / /run/v/a rw - ext4 /dev/sdd rw\n\
         43 21 0:33 / /run/volumes rw - tmpfs tmpfs rw\n";
 
     #[test]
     fn finds_what_is_below() {
         let found = below(TEXT, Path::new("/run/v"));
-        let names: Vec<_> = found.iter().map(|m| (m.below.to_str().expect("text"), m.mapped)).collect();
-        assert_eq!(names, [("", false), ("a", true), ("a/deep", false), ("b c", false)]);
-    }
-
-    #[test]
-    fn the_directory_may_be_a_mount() {
-        assert_eq!(below(TEXT, Path::new("/run/v/a"))[0], Mount { below: PathBuf::new(), mapped: true });
-        assert_eq!(below(b"", Path::new("/x")).len(), 1);
+        let names: Vec<_> = found.iter().map(|path| path.to_str().expect("text")).collect();
+        assert_eq!(names, ["a", "a/deep", "b c"]);
+        assert!(below(TEXT, Path::new("/run/v/a/deep")).is_empty());
+        assert!(below(b"", Path::new("/x")).is_empty());
     }
 
     #[test]

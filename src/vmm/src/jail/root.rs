@@ -1,8 +1,12 @@
 //! Step 7 of the jail: the new root, a small tmpfs with exactly the plan's entries, read-only in the end.
 //!
 //! Every entry is a copy of its mount, detached while its attributes are set, so that it is never visible without them.
-//! A directory is copied with all mounts below it and stays a slave of the host's: what the host mounts there later
-//! arrives, with the attributes and mapped ids that it has on the host.
+//! Of a directory the mounts below are copied one by one, because ids can only be mapped for a whole copy at once, and a
+//! file system that refuses must not spoil its neighbours. The copies stay slaves of the host's mounts: what the host
+//! mounts there later arrives, with the attributes and mapped ids that it has on the host.
+//!
+//! What lies below a share may belong to somebody hostile, so paths there are resolved beneath the share, without
+//! symbolic links. The sources themselves are the shim's word.
 #![deny(unsafe_code)]
 
 use std::fs::{self, DirBuilder, File};
@@ -15,6 +19,7 @@ use nacelle_protocol::vm::Report;
 use rustix::fs::{
     AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Uid, chownat, fstat, makedev, mknodat, openat2,
 };
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, mount, move_mount, open_tree};
 
 use super::{JailError, at, mountinfo, set_attributes};
@@ -27,6 +32,9 @@ const STAGE: &str = "root";
 /// a static program finds no getrandom in its C library (crate `getrandom` 0.3, linux_android_with_fallback.rs).
 const DEVICES: [(&str, u32, u32, Mode); 3] =
     [("kvm", 10, 232, Mode::RUSR.union(Mode::WUSR)), ("random", 1, 8, Mode::RUSR), ("urandom", 1, 9, Mode::RUSR)];
+
+/// How a place in the file system is held without opening what is there.
+const PLACE: OFlags = OFlags::PATH.union(OFlags::CLOEXEC);
 
 const QUIET: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
 
@@ -58,7 +66,7 @@ pub fn assemble(plan: &Plan, users: BorrowedFd<'_>) -> Result<(), JailError> {
     for sealed in [&dev, root] {
         let seal = at(STAGE, format!("make {} read-only", sealed.display()));
         let handle = File::open(sealed).map_err(at(STAGE, format!("open {}", sealed.display())))?;
-        set_attributes(handle.as_fd(), &attributes(libc::MOUNT_ATTR_RDONLY), false).map_err(seal)?;
+        set_attributes(handle.as_fd(), &attributes(libc::MOUNT_ATTR_RDONLY)).map_err(seal)?;
     }
     Ok(())
 }
@@ -79,85 +87,101 @@ fn directory(path: &Path) -> Result<(), JailError> {
 }
 
 fn bind(entry: &Entry, plan: &Plan, users: BorrowedFd<'_>) -> Result<(), JailError> {
-    let name = entry.source.display();
-    let whole = entry.kind == Kind::Directory;
-    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    flags.set(OpenTreeFlags::AT_RECURSIVE, whole);
-    let tree = open_tree(CWD, &entry.source, flags).map_err(at(STAGE, format!("copy mount of {name}")))?;
-
-    let stat = fstat(&tree).map_err(at(STAGE, format!("look at {name}")))?;
-    let (is, want) = (FileType::from_raw_mode(stat.st_mode), entry.kind.file_type());
-    if is != want {
-        let wrong = io::Error::from(io::ErrorKind::InvalidInput);
-        return Err(at(STAGE, format!("put {name} into the jail: it is a {is:?}, not a {want:?}"))(wrong));
+    let source = &entry.source;
+    let from = openat2(CWD, source, PLACE, Mode::empty(), ResolveFlags::empty())
+        .map_err(at(STAGE, format!("open {}", source.display())))?;
+    let target = plan.jail.root.join(&entry.inside);
+    if let Some(parent) = target.parent() {
+        directory(parent)?;
+    }
+    if entry.kind != Kind::Directory {
+        File::create_new(&target).map_err(at(STAGE, format!("make {}", target.display())))?;
+        return copy(&from, source, entry, plan, users)?.put(&target);
     }
 
+    directory(&target)?;
+    let path = fs::canonicalize(source).map_err(at(STAGE, format!("resolve {}", source.display())))?;
+    let mountinfo = fs::read("/proc/self/mountinfo").map_err(at(STAGE, "list mounts"))?;
+    copy(&from, source, entry, plan, users)?.put(&target)?;
+    let to = openat2(CWD, &target, PLACE, Mode::empty(), ResolveFlags::empty())
+        .map_err(at(STAGE, format!("open {}", target.display())))?;
+    for below in mountinfo::below(&mountinfo, &path) {
+        let (Some(from), Some(to)) = (beneath(&from, &below)?, beneath(&to, &below)?) else { continue };
+        copy(&from, &source.join(&below), entry, plan, users)?.put_at(&to)?;
+    }
+    Ok(())
+}
+
+/// Opens a directory below another; `None` where it is hidden by a mount, or gone since it was listed.
+fn beneath(dir: &OwnedFd, path: &Path) -> Result<Option<OwnedFd>, JailError> {
+    match openat2(dir, path, PLACE, Mode::empty(), ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS) {
+        Ok(found) => Ok(Some(found)),
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => Ok(None),
+        Err(error) => Err(at(STAGE, format!("open {} below a share", path.display()))(error)),
+    }
+}
+
+/// A mount that is nowhere yet.
+struct Detached {
+    mount: OwnedFd,
+    name: String,
+}
+
+/// Copies the mount at `from`, with the attributes and the ids that the entry wants.
+fn copy(from: &OwnedFd, name: &Path, entry: &Entry, plan: &Plan, users: BorrowedFd<'_>) -> Result<Detached, JailError> {
+    let shown = name.display();
+    let stat = fstat(from).map_err(at(STAGE, format!("look at {shown}")))?;
+    let (is, want) = (FileType::from_raw_mode(stat.st_mode), entry.kind.file_type());
+    // What is mounted below a share may be anything: it is the pod's to ask for, and `nodev` keeps devices shut.
+    if is != want && name == entry.source {
+        let wrong = io::Error::from(io::ErrorKind::InvalidInput);
+        return Err(at(STAGE, format!("put {shown} into the jail: it is a {is:?}, not a {want:?}"))(wrong));
+    }
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    let mount = open_tree(from, "", flags).map_err(at(STAGE, format!("copy mount of {shown}")))?;
     let read_only = if entry.read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
-    set_attributes(tree.as_fd(), &attributes(QUIET | read_only), whole)
-        .map_err(at(STAGE, format!("set attributes of {name}")))?;
+    set_attributes(mount.as_fd(), &attributes(QUIET | read_only))
+        .map_err(at(STAGE, format!("set attributes of {shown}")))?;
     let range = plan.jail.uid_base..plan.jail.uid_base + plan.jail.uid_count;
     match entry.ids {
         Ids::Host => {}
         // Mapped ids would take the file away from its owner.
         Ids::Owned if range.contains(&stat.st_uid) => {}
-        Ids::Owned => map_ids(tree.as_fd(), &entry.source, users)?,
-        Ids::Mapped => map_all(&tree, &entry.source, users)?,
+        Ids::Owned | Ids::Mapped => map_ids(mount.as_fd(), name, users)?,
     }
-
-    let target = plan.jail.root.join(&entry.inside);
-    if let Some(parent) = target.parent() {
-        directory(parent)?;
-    }
-    if whole {
-        directory(&target)?;
-    } else {
-        File::create_new(&target).map_err(at(STAGE, format!("make {}", target.display())))?;
-    }
-    move_mount(&tree, "", CWD, &target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
-        .map_err(at(STAGE, format!("mount {name} on {}", target.display())))
+    Ok(Detached { mount, name: shown.to_string() })
 }
 
-/// Maps the ids of a directory's mount and of every mount below it, one by one: a file system that cannot be mapped
-/// (a network one, most often) must not spoil its neighbours.
-fn map_all(tree: &OwnedFd, source: &Path, users: BorrowedFd<'_>) -> Result<(), JailError> {
-    let mountinfo = fs::read("/proc/self/mountinfo").map_err(at(STAGE, "list mounts"))?;
-    let source = fs::canonicalize(source).map_err(at(STAGE, format!("resolve {}", source.display())))?;
-    for mount in mountinfo::below(&mountinfo, &source) {
-        let name = source.join(&mount.below);
-        if mount.mapped {
-            continue;
-        }
-        if mount.below.as_os_str().is_empty() {
-            map_ids(tree.as_fd(), &name, users)?;
-            continue;
-        }
-        let how = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
-        match openat2(tree, &mount.below, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), how) {
-            Ok(inner) => map_ids(inner.as_fd(), &name, users)?,
-            // Hidden below another mount, or gone since: nothing that the guest could reach.
-            Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => {}
-            Err(error) => return Err(at(STAGE, format!("open {}", name.display()))(error)),
-        }
+impl Detached {
+    fn put(self, target: &Path) -> Result<(), JailError> {
+        move_mount(&self.mount, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+            .map_err(at(STAGE, format!("mount {} on {}", self.name, target.display())))
     }
-    Ok(())
+
+    fn put_at(self, target: &OwnedFd) -> Result<(), JailError> {
+        let here = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+        move_mount(&self.mount, "", target, "", here).map_err(at(STAGE, format!("mount {}", self.name)))
+    }
 }
 
+/// Maps the ids of a mount: id N on the disk becomes id N of the sandbox's user namespace.
 fn map_ids(mount: BorrowedFd<'_>, name: &Path, users: BorrowedFd<'_>) -> Result<(), JailError> {
     let mapped = libc::mount_attr {
         attr_set: libc::MOUNT_ATTR_IDMAP,
         userns_fd: u64::from(users.as_raw_fd().unsigned_abs()),
         ..attributes(0)
     };
-    match set_attributes(mount, &mapped, false) {
-        Ok(()) => Ok(()),
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EPERM)) => {
+    match set_attributes(mount, &mapped) {
+        // It is mapped already, so the shim has done this sandbox's mapping itself.
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => Ok(()),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
             report::send(&Report::Degraded {
                 stage: "map ids".into(),
-                message: format!("map ids of {}: its file system cannot: {error}", name.display()),
+                message: format!("map ids of {}: its file system cannot", name.display()),
             });
             Ok(())
         }
-        Err(error) => Err(at(STAGE, format!("map ids of {}", name.display()))(error)),
+        result => result.map_err(at(STAGE, format!("map ids of {}", name.display()))),
     }
 }
 

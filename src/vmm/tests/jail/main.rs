@@ -368,7 +368,7 @@ fn panic_is_reported() {
 fn failures_are_closed_and_named() {
     type Change = fn(&mut Setup);
     let cases: [(&str, &str, Change); 6] = [
-        ("root", "copy mount of", |s| s.config.shares[0].source = "/nonexistent".into()),
+        ("root", "open /nonexistent: No such file", |s| s.config.shares[0].source = "/nonexistent".into()),
         ("root", "it is a Directory, not a RegularFile", |s| s.config.disks[0].source = "/proc".into()),
         ("root", "it is a RegularFile, not a Socket", |s| s.config.sockets[0].source = s.path("disk")),
         ("cgroups", "join cgroup /nonexistent", |s| s.config.jail.cgroups = vec!["/nonexistent".into()]),

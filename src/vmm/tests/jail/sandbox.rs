@@ -150,7 +150,7 @@ impl Sandbox {
         self.send(words);
         let mut answer = String::new();
         self.control.read_line(&mut answer).expect("answer");
-        match answer.trim_end().split_once('\t').expect("answer") {
+        match answer.trim_end_matches('\n').split_once('\t').expect("answer") {
             ("ok", text) => Ok(text.replace("\\n", "\n").replace("\\t", "\t")),
             (_, number) => Err(number.parse().expect("number")),
         }

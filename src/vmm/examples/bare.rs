@@ -1,0 +1,97 @@
+//! libkrun without nacelle around it: no shim, no jail, no shares, no disks. `hack/bench boot` measures against it.
+//!
+//! `bare KERNEL INIT VCPUS MIB` boots INIT as PID 1 the way `nacelle-vmm` boots its agent (same calls, same command line,
+//! same kernel), waits for the first byte on the guest's console, and prints on one line, in nanoseconds:
+//!
+//! ```text
+//!  spawn ─► main ─► krun_start_enter ─► first byte of the guest ─► end of the process
+//!         1       2                   3                         4
+//! ```
+//!
+//! It starts itself again for the machine, because libkrun ends the process that calls it.
+
+use std::env;
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use command_fds::{CommandFdExt, FdMapping};
+use nacelle_protocol::GENERATION;
+use nacelle_protocol::ids::SandboxId;
+use nacelle_protocol::vm::{CONSOLE_FD, Jail, VmConfig};
+use nacelle_vmm::krun::{Agent, Vm};
+use nacelle_vmm::plan::Plan;
+
+type Failure = Box<dyn std::error::Error>;
+
+/// Tells the second process from the first.
+const MACHINE: &str = "NACELLE_BARE_MACHINE";
+
+fn main() -> Result<(), Failure> {
+    let start = now();
+    let words: Vec<String> = env::args().skip(1).collect();
+    let [kernel, init, vcpus, mib] = words.as_slice() else { return Err("bare KERNEL INIT VCPUS MIB".into()) };
+    if env::var_os(MACHINE).is_some() {
+        return machine(start, kernel, init, vcpus.parse()?, mib.parse()?);
+    }
+    watch(&words)
+}
+
+/// The clock that both processes read; nobody sets it meanwhile.
+fn now() -> u128 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos())
+}
+
+fn watch(words: &[String]) -> Result<(), Failure> {
+    let (mut console, guest) = std::io::pipe()?;
+    let mut command = Command::new(env::current_exe()?);
+    command.args(words).env(MACHINE, "").stdin(Stdio::null()).stdout(Stdio::piped());
+    command.fd_mappings(vec![FdMapping { parent_fd: OwnedFd::from(guest), child_fd: CONSOLE_FD }])?;
+    let spawn = now();
+    let mut child = command.spawn()?;
+    // The write end, or the console would never end.
+    drop(command);
+    let read = console.read(&mut [0])?;
+    let first = now();
+    let status = child.wait()?;
+    let end = now();
+    let mut said = String::new();
+    if let Some(mut stdout) = child.stdout.take() {
+        stdout.read_to_string(&mut said)?;
+    }
+    let times: Vec<u128> = said.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
+    let &[main, enter] = times.as_slice() else { return Err("the machine did not start".into()) };
+    if read != 1 || !status.success() {
+        return Err(format!("the guest wrote {read} bytes and the machine ended with {status}").into());
+    }
+    println!("{} {} {} {}", main - spawn, enter - main, first - enter, end - first);
+    Ok(())
+}
+
+fn machine(start: u128, kernel: &str, init: &str, vcpus: u8, memory_mib: u32) -> Result<(), Failure> {
+    let agent = Agent::map(Path::new(init))?;
+    let mut machine = Plan::new(&config(kernel, init, vcpus, memory_mib)?)?.machine;
+    // Without a jail the kernel keeps its name.
+    machine.kernel = kernel.to_owned();
+    println!("{start} {}", now());
+    match Vm::new(machine, agent).start()? {}
+}
+
+fn config(kernel: &str, init: &str, vcpus: u8, memory_mib: u32) -> Result<VmConfig, Failure> {
+    Ok(VmConfig {
+        generation: GENERATION,
+        sandbox: SandboxId::new("bare")?,
+        vcpus,
+        memory_mib,
+        kernel: kernel.into(),
+        agent: init.into(),
+        kernel_args: Vec::new(),
+        shares: Vec::new(),
+        disks: Vec::new(),
+        sockets: Vec::new(),
+        // Never entered.
+        jail: Jail { root: "/".into(), uid_base: 1, uid_count: 1, netns: None, cgroups: Vec::new(), max_files: 0 },
+    })
+}
