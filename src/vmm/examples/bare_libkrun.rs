@@ -1,7 +1,7 @@
 //! libkrun without nacelle around it: no shim, no jail, no shares, no disks. `hack/bench boot` measures against it.
 //!
-//! `bare KERNEL INIT VCPUS MIB` boots INIT as PID 1 the way `nacelle-vmm` boots its agent (same calls, same command line,
-//! same kernel), waits for the first byte on the guest's console, and prints on one line, in nanoseconds:
+//! `bare_libkrun KERNEL INIT VCPUS MIB` boots INIT as PID 1 the way `nacelle-vmm` boots its agent (same calls, same
+//! command line, same kernel), waits for the first byte on the guest's console, and prints four durations in nanoseconds:
 //!
 //! ```text
 //!  spawn ─► main ─► krun_start_enter ─► first byte of the guest ─► end of the process
@@ -27,19 +27,21 @@ use nacelle_vmm::plan::Plan;
 type Failure = Box<dyn std::error::Error>;
 
 /// Tells the second process from the first.
-const MACHINE: &str = "NACELLE_BARE_MACHINE";
+const MACHINE: &str = "BARE_LIBKRUN_MACHINE";
 
 fn main() -> Result<(), Failure> {
     let start = now();
     let words: Vec<String> = env::args().skip(1).collect();
-    let [kernel, init, vcpus, mib] = words.as_slice() else { return Err("bare KERNEL INIT VCPUS MIB".into()) };
+    let [kernel, init, vcpus, mib] = words.as_slice() else {
+        return Err("usage: bare_libkrun KERNEL INIT VCPUS MIB".into());
+    };
     if env::var_os(MACHINE).is_some() {
         return machine(start, kernel, init, vcpus.parse()?, mib.parse()?);
     }
     watch(&words)
 }
 
-/// The clock that both processes read; nobody sets it meanwhile.
+/// The one clock of both processes that std offers; nobody sets it meanwhile.
 fn now() -> u128 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos())
 }
