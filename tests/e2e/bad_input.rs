@@ -128,7 +128,11 @@ fn a_spec_that_is_none(node: &Node) {
     let c = node.created(&[], BUSYBOX, &["true"]);
     let mounts = c.mounts();
     // What is not JSON at all, containerd refuses itself.
-    for spec in ["{}", r#"{"ociVersion": 1}"#, r#"{"ociVersion": "1.0.2", "process": "none"}"#] {
+    for spec in [
+        "{}",
+        r#"{"ociVersion": "1.0.2"}"#,
+        r#"{"ociVersion": "1.0.2", "root": {"path": "rootfs"}, "process": {"cwd": "/"}}"#,
+    ] {
         c.set_spec(spec.as_bytes());
         let error = c.create_task(&mounts).expect_err("a task of a spec that is none").to_string();
         assert!(error.contains("create"), "for {spec}: {error}");

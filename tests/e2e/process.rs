@@ -156,13 +156,9 @@ fn devices_and_pseudo_file_systems(node: &Node) {
     assert_eq!(run.text(), "");
 }
 
-/// Takes `$MIB` MiB of memory and holds them.
-const HOG: &str = "dd if=/dev/zero of=/dev/null bs=${MIB}M count=1";
-
 fn out_of_memory_is_reported(node: &Node) {
     let events = Events::subscribe(node);
-    let flags = ["--memory-limit", "33554432", "--env", "MIB=200"];
-    let c = node.detached(&flags, BUSYBOX, &["sh", "-c", &format!("exec {HOG}")]);
+    let c = node.detached(&["--memory-limit", "33554432"], BUSYBOX, &["probe", "alloc", "200"]);
     assert_eq!(c.wait(PATIENCE).expect("wait"), 137);
     assert_eq!(events.exit_of(c.id(), PATIENCE), 137);
     let topics: Vec<_> = events.of(c.id()).into_iter().map(|e| e.topic).collect();
@@ -173,8 +169,8 @@ fn out_of_memory_is_reported(node: &Node) {
 
 fn out_of_memory_of_an_exec_spares_the_task(node: &Node) {
     let events = Events::subscribe(node);
-    let c = node.detached(&["--memory-limit", "67108864", "--env", "MIB=200"], BUSYBOX, &["sleep", "1000"]);
-    c.exec(&[], &["sh", "-c", &format!("exec {HOG}")]).run().expect(137);
+    let c = node.detached(&["--memory-limit", "67108864"], BUSYBOX, &["sleep", "1000"]);
+    c.exec(&[], &["probe", "alloc", "200"]).run().expect(137);
     events.wait(c.id(), PATIENCE, |e| e.topic == "/tasks/oom");
     assert_eq!(c.sh("echo alive"), "alive");
     c.remove();

@@ -9,6 +9,7 @@ use std::{
 
 use nacelle_tests::{
     command::{PATIENCE, within},
+    events::Events,
     node::{BUSYBOX, NAMESPACE, Node},
 };
 use rustix::process::Signal;
@@ -57,13 +58,15 @@ fn twenty_mebibytes_through_stdin(node: &Node) {
 }
 
 fn a_burst_before_exit_is_not_lost(node: &Node) {
-    let script = "dd if=/dev/zero bs=1M count=8 2>/dev/null; printf end";
-    let run = node.run(&["--rm"], BUSYBOX, &["sh", "-c", script]).ok();
-    assert_eq!(run.out.len(), 8 * MIB + 3);
-    assert!(run.out.ends_with(b"\0end"));
+    let complete = |out: &[u8]| {
+        assert_eq!(out.len(), 8 * MIB, "bytes that arrived");
+        let wrong = out.iter().enumerate().find(|(at, byte)| at % 251 != usize::from(**byte));
+        assert!(wrong.is_none(), "the first wrong byte is {wrong:?}");
+    };
+    let bytes = (8 * MIB).to_string();
+    complete(&node.run(&["--rm"], BUSYBOX, &["probe", "write", &bytes]).ok().out);
     let c = node.detached(&[], BUSYBOX, &["sleep", "1000"]);
-    let exec = c.exec(&[], &["sh", "-c", script]).ok();
-    assert_eq!(exec.out.len(), 8 * MIB + 3);
+    complete(&c.exec(&[], &["probe", "write", &bytes]).ok().out);
     c.remove();
 }
 
@@ -88,9 +91,11 @@ fn exec_reads_and_writes(node: &Node) {
 
 fn a_reader_that_stops_holds_up_nobody_else(node: &Node) {
     let c = node.detached(&[], BUSYBOX, &["sleep", "1000"]);
-    // Nobody reads this one's FIFO: ctr is stopped.
+    let events = Events::subscribe(node);
+    // Nobody reads this one's FIFO: ctr is stopped, as soon as it is not in the middle of a call.
     let stuck = c.exec_as("stuck", &[], &["sh", "-c", "echo ready; exec cat /dev/zero"]).spawn();
     stuck.sees("ready", PATIENCE);
+    events.wait(c.id(), PATIENCE, |e| e.topic == "/tasks/exec-started");
     stuck.signal(Signal::STOP);
     assert_eq!(c.exec(&[], &["echo", "still here"]).within(Duration::from_secs(30)).ok().text(), "still here");
     node.ctr(["tasks", "kill", "-s", "KILL", "--exec-id", "stuck", c.id()]).ok();
