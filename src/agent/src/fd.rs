@@ -46,6 +46,11 @@ impl Fd {
         }
     }
 
+    /// Reads what is there without waiting, whether or not the runtime has heard of it; `None` when nothing is.
+    pub fn read_now(&self, buffer: &mut [u8]) -> Option<usize> {
+        rustix::io::read(&self.0, buffer).ok()
+    }
+
     /// Writes everything.
     ///
     /// # Errors

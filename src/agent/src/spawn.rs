@@ -7,7 +7,6 @@ use std::path::Path;
 use std::process::Command;
 
 use command_fds::{CommandFdExt, FdMapping};
-use futures::FutureExt as _;
 use thiserror::Error;
 use tokio::io::Interest;
 
@@ -49,19 +48,41 @@ pub struct Report {
 impl Report {
     /// The next line; `None` at the end, or after something that is no line.
     async fn next(&mut self) -> Option<Line> {
+        let mut chunk = [0; 1024];
         loop {
-            if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
-                let line: Vec<u8> = self.buffer.drain(..=end).collect();
-                return serde_json::from_slice(&line).ok();
+            if let Some(line) = self.buffered() {
+                return line;
             }
-            if self.buffer.len() > MAX_LINE {
-                return None;
-            }
-            let mut chunk = [0; 1024];
             match self.pipe.read(&mut chunk).await {
                 Ok(read @ 1..) => self.buffer.extend_from_slice(&chunk[..read]),
                 Ok(0) | Err(_) => return None,
             }
+        }
+    }
+
+    /// The next line that has been written already.
+    fn next_now(&mut self) -> Option<Line> {
+        let mut chunk = [0; 1024];
+        loop {
+            if let Some(line) = self.buffered() {
+                return line;
+            }
+            match self.pipe.read_now(&mut chunk) {
+                Some(read @ 1..) => self.buffer.extend_from_slice(&chunk[..read]),
+                Some(0) | None => return None,
+            }
+        }
+    }
+
+    /// A line that has been read; `Some(None)` for something that is no line.
+    fn buffered(&mut self) -> Option<Option<Line>> {
+        match self.buffer.iter().position(|byte| *byte == b'\n') {
+            Some(end) => {
+                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+                Some(serde_json::from_slice(&line).ok())
+            }
+            None if self.buffer.len() > MAX_LINE => Some(None),
+            None => None,
         }
     }
 
@@ -109,7 +130,7 @@ pub async fn run(program: &Path, job: &Path, stdio: [OwnedFd; 3], start: &Start)
             }
         } else {
             // Its last words; a process that it has left behind may hold the pipe for ever.
-            tokio::task::unconstrained(report.next()).now_or_never().flatten()
+            report.next_now()
         };
         match line {
             Some(Line::Created(pid)) => match (not_executed, u32::try_from(pid)) {

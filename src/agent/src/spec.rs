@@ -2,14 +2,14 @@
 //!
 //! libcontainer 0.7 gives an exec no seccomp filter, cannot install one after it has dropped privileges, has no BPF for
 //! devices, and looks for a program before the container is started. So the last steps towards the program are the
-//! agent's ([`Execute`], performed by [`crate::executor`]): libcontainer is given all capabilities and no filter, and
+//! agent's ([`Execute`], performed by [`crate::executor`]): libcontainer drops no capabilities and installs no filter, and
 //! limits are set by [`crate::cgroup`] before it runs.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
-    Capabilities, Capability, LinuxCapabilities, LinuxNamespaceType, LinuxResources, LinuxSeccomp, Process, Spec,
+    Capabilities, LinuxCapabilities, LinuxNamespaceType, LinuxResources, LinuxSeccomp, Process, Spec,
 };
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -197,7 +197,8 @@ fn take_apart(
     process.set_env(Some(env));
     process.set_cwd("/".into());
     process.set_terminal(Some(terminal));
-    process.set_capabilities(Some(all_capabilities()));
+    // None said is none dropped.
+    process.set_capabilities(None);
     // The guest kernel has no such module; a label of the host's means nothing in it.
     process.set_apparmor_profile(None);
     process.set_selinux_label(None);
@@ -227,65 +228,6 @@ fn none() -> LinuxCapabilities {
     sets.set_permitted(Some(Capabilities::new()));
     sets.set_inheritable(Some(Capabilities::new()));
     sets.set_ambient(Some(Capabilities::new()));
-    sets
-}
-
-fn all_capabilities() -> LinuxCapabilities {
-    use Capability::{
-        AuditControl, AuditRead, AuditWrite, BlockSuspend, Bpf, CheckpointRestore, Chown, DacOverride, DacReadSearch,
-        Fowner, Fsetid, IpcLock, IpcOwner, Kill, Lease, LinuxImmutable, MacAdmin, MacOverride, Mknod, NetAdmin,
-        NetBindService, NetBroadcast, NetRaw, Perfmon, Setfcap, Setgid, Setpcap, Setuid, SysAdmin, SysBoot, SysChroot,
-        SysModule, SysNice, SysPacct, SysPtrace, SysRawio, SysResource, SysTime, SysTtyConfig, Syslog, WakeAlarm,
-    };
-    let all: Capabilities = [
-        AuditControl,
-        AuditRead,
-        AuditWrite,
-        BlockSuspend,
-        Bpf,
-        CheckpointRestore,
-        Chown,
-        DacOverride,
-        DacReadSearch,
-        Fowner,
-        Fsetid,
-        IpcLock,
-        IpcOwner,
-        Kill,
-        Lease,
-        LinuxImmutable,
-        MacAdmin,
-        MacOverride,
-        Mknod,
-        NetAdmin,
-        NetBindService,
-        NetBroadcast,
-        NetRaw,
-        Perfmon,
-        Setfcap,
-        Setgid,
-        Setpcap,
-        Setuid,
-        SysAdmin,
-        SysBoot,
-        SysChroot,
-        SysModule,
-        SysNice,
-        SysPacct,
-        SysPtrace,
-        SysRawio,
-        SysResource,
-        SysTime,
-        SysTtyConfig,
-        Syslog,
-        WakeAlarm,
-    ]
-    .into_iter()
-    .collect();
-    let mut sets = none();
-    sets.set_bounding(Some(all.clone()));
-    sets.set_effective(Some(all.clone()));
-    sets.set_permitted(Some(all));
     sets
 }
 
@@ -374,7 +316,7 @@ mod tests {
     #[test]
     fn an_exec_inherits_what_it_does_not_say() {
         let defaults = plan(spec(), "c1", false).expect("plan").defaults;
-        let exec = plan_exec(br#"{"args":["id"],"cwd":"/"}"#, &defaults, false).expect("exec");
+        let exec = plan_exec(br#"{"args":["id"],"cwd":"/","user":{"uid":0,"gid":0}}"#, &defaults, false).expect("exec");
         assert_eq!(exec.process.oom_score_adj(), Some(5));
         assert_eq!(exec.execute.capabilities.bounding().as_ref().map(|set| set.len()), Some(1));
         assert!(exec.execute.seccomp.is_some(), "the filter is the container's");

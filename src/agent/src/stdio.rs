@@ -297,7 +297,8 @@ async fn pump_in(wire: Box<dyn Connection>, sink: Arc<Fd>, close: Arc<Notify>) {
     let mut closing = false;
     loop {
         let frame = if closing {
-            // Only what is here already.
+            // Only what is here already, once the runtime has looked.
+            tokio::task::yield_now().await;
             match tokio::task::unconstrained(frames.next()).now_or_never() {
                 Some(frame) => frame,
                 None => return,
