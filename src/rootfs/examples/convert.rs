@@ -10,14 +10,14 @@ use nacelle_rootfs::{Limits, layer};
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut args = std::env::args().skip(1);
     let (Some(directory), Some(image)) = (args.next(), args.next()) else {
-        return Err("usage: convert DIRECTORY IMAGE [nodigest]".into());
+        return Err("usage: convert DIRECTORY IMAGE".into());
     };
     let start = Instant::now();
     let tree = layer::scan(Path::new(&directory), &Limits::default())?;
     let scanned = start.elapsed();
     let plan = Plan::new(&tree)?;
     let planned = start.elapsed();
-    let written = plan.write(File::create(image)?, args.next().is_none())?;
+    let written = plan.write(File::create(image)?)?;
     println!("scan {scanned:?}, plan {:?}, write {:?}, {written:?}", planned - scanned, start.elapsed() - planned);
     Ok(())
 }

@@ -14,6 +14,7 @@ pub mod erofs;
 pub mod layer;
 mod lock;
 pub mod plan;
+pub mod stack;
 pub mod tree;
 pub mod upper;
 

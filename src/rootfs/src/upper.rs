@@ -24,6 +24,11 @@ pub const MIN_SIZE: u64 = 8 << 20;
 /// Largest disk in bytes: what a file on ext4 can hold.
 pub const MAX_SIZE: u64 = 16 << 40;
 
+/// All features by name, so that the distribution's mke2fs.conf has no say. No journal, nothing to resize, no backups of the
+/// superblock: what is not written need not be copied.
+const FEATURES: &str = "none,64bit,dir_index,dir_nlink,ext_attr,extent,extra_isize,filetype,flex_bg,huge_file,large_file,\
+                        metadata_csum,sparse_super,sparse_super2";
+
 /// Why there is no disk.
 #[derive(Debug, thiserror::Error)]
 pub enum UpperError {
@@ -85,42 +90,39 @@ fn template(cache_root: &Path, size: u64) -> Result<File, UpperError> {
     let lock_path = path.with_extension("lock");
     let _lock = Lock::wait(&lock_path).map_err(failed("lock", &lock_path))?;
     if !path.exists() {
-        // Whoever died over this file left it; the lock is ours now.
-        let temp = path.with_extension("tmp");
-        make(&temp, size).inspect_err(|_| drop(fs::remove_file(&temp)))?;
+        // Whoever died over these files left them; the lock is ours now.
+        let (raw, temp) = (path.with_extension("raw"), path.with_extension("tmp"));
+        let made = make(&raw, &temp, size);
+        let _ = fs::remove_file(&raw); // it has done its duty, whatever came of it
+        made.inspect_err(|_| drop(fs::remove_file(&temp)))?;
         fs::rename(&temp, &path).map_err(failed("publish template", &path))?;
     }
     File::open(&path).map_err(failed("open template", &path))
 }
 
-fn make(path: &Path, size: u64) -> Result<(), UpperError> {
-    let file = File::create(path).map_err(failed("create template", path))?;
-    file.set_len(size).map_err(failed("create template", path))?;
+/// Makes a file system in `raw`, and its sparse copy `template`: mkfs reserves space for inode tables that hold nothing yet.
+fn make(raw: &Path, template: &Path, size: u64) -> Result<(), UpperError> {
+    let file = File::create(raw).map_err(failed("create template", raw))?;
+    file.set_len(size).map_err(failed("create template", raw))?;
     let output = Command::new("mkfs.ext4")
-        // Nothing to resize, no backups of the superblock, no journal: what is not written need not be copied.
-        .args([
-            "-q",
-            "-F",
-            "-b",
-            "4096",
-            "-m",
-            "0",
-            "-O",
-            "^has_journal,^resize_inode,sparse_super2,64bit,metadata_csum",
-        ])
+        .args(["-q", "-F", "-b", "4096", "-I", "256", "-i", "16384", "-m", "0", "-O", FEATURES])
         // The file is all zeros, so inode tables are clean already: the guest has nothing to initialise later.
         .args(["-E", "num_backup_sb=0,lazy_itable_init=0,nodiscard,root_owner=0:0"])
-        .arg(path)
+        .arg(raw)
         .env("PATH", search_path())
         .stdin(Stdio::null())
         .output()
         .map_err(UpperError::Run)?;
     if !output.status.success() {
         let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-        return Err(UpperError::Mkfs { path: path.into(), message });
+        return Err(UpperError::Mkfs { path: raw.into(), message });
     }
-    file.set_permissions(fs::Permissions::from_mode(0o444)).map_err(failed("protect template", path))?;
-    file.sync_all().map_err(failed("sync template", path))
+    // Read what mkfs wrote, not what is still on its way to the disk.
+    let written = File::open(raw).and_then(|raw| raw.sync_all().map(|()| raw)).map_err(failed("sync template", raw))?;
+    let copied = File::create(template).map_err(failed("create template", template))?;
+    copy_data(&written, &copied, size).map_err(failed("copy template", template))?;
+    copied.set_permissions(fs::Permissions::from_mode(0o444)).map_err(failed("protect template", template))?;
+    copied.sync_all().map_err(failed("sync template", template))
 }
 
 /// mkfs lives in sbin, which a service's PATH may lack.
@@ -132,10 +134,13 @@ fn search_path() -> String {
 /// Copies a sparse file: by sharing its extents, or else its data extents one by one.
 fn copy(from: &File, to: &File, size: u64) -> io::Result<()> {
     match rustix::fs::ioctl_ficlone(to, from) {
-        Ok(()) => return Ok(()),
-        Err(Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY) => {}
-        Err(e) => return Err(e.into()),
+        Ok(()) => Ok(()),
+        Err(Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY) => copy_data(from, to, size),
+        Err(e) => Err(e.into()),
     }
+}
+
+fn copy_data(from: &File, to: &File, size: u64) -> io::Result<()> {
     to.set_len(size)?;
     let mut at = 0;
     while at < size {

@@ -1,4 +1,5 @@
 //! The store of converted layers: hits, damage, full disks, collection (C1, C3, C4, C5, C9).
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop there")]
 
 mod common;
 
@@ -290,7 +291,7 @@ fn a_full_disk() {
         assert_eq!(errno, std::io::ErrorKind::StorageFull);
     }
     assert_eq!(fs::read_dir(&scratch).unwrap().count(), 0);
-    let left: Vec<_> = fs::read_dir(small.join(&STORE)).unwrap().map(|e| e.unwrap().path()).collect();
+    let left: Vec<_> = fs::read_dir(small.join(STORE)).unwrap().map(|e| e.unwrap().path()).collect();
     assert!(left.iter().all(|p| p.extension().is_some_and(|e| e == "lock")), "{left:?}");
     fs::write(snapshot.join("large"), "small").unwrap();
     let plan = RootfsPlan { lowers: vec![Lower::Snapshot(snapshot)], read_only: false };

@@ -1,4 +1,5 @@
 //! Real trees → images, which fsck.erofs accepts and in which the host's kernel shows exactly the tree (C6, C12).
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop there")]
 
 mod common;
 

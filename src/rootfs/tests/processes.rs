@@ -2,6 +2,7 @@
 //! test harness, because it runs itself as the other processes.
 //!
 //! `processes acquire ROOT SNAPSHOT` prints the outcome; without arguments it runs the tests.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop there")]
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};

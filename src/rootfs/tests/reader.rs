@@ -1,4 +1,5 @@
 //! The checking reader: what the writer wrote comes back, and whatever else it is given it neither panics nor loops.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop there")]
 
 mod common;
 
@@ -97,7 +98,7 @@ fn compare(image: &Image<[u8]>, tree: &Tree) {
 fn write(tree: &Tree) -> Vec<u8> {
     let mut bytes = Vec::new();
     let plan = Plan::new(tree).unwrap();
-    let written = plan.write(&mut bytes, false).unwrap();
+    let written = plan.write(&mut bytes).unwrap();
     assert_eq!((plan.size(), written.size), (bytes.len() as u64, bytes.len() as u64));
     bytes
 }

@@ -1,4 +1,5 @@
 //! The ext4 disk: sound, sparse, made once, quickly copied.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop there")]
 
 mod common;
 
@@ -29,6 +30,15 @@ fn disks_are_sound_and_sparse() {
         assert_eq!((metadata.len(), metadata.mode() & 0o7777), (size, 0o600));
         assert!(metadata.blocks() * 512 <= 1 << 20, "{size}: {} bytes on disk", metadata.blocks() * 512);
     }
+    for template in fs::read_dir(root.join("upper")).unwrap() {
+        let metadata = template.unwrap().metadata().unwrap();
+        assert!(metadata.blocks() * 512 <= 1 << 20, "template takes {} bytes", metadata.blocks() * 512);
+    }
+    // No group waits for the guest to zero its inode table.
+    let groups = run("e2fsprogs", "dumpe2fs", &[&workshop.path().join(format!("{GIB}.img"))]);
+    let groups = String::from_utf8_lossy(&groups.stdout).into_owned();
+    assert_eq!(groups.matches("\nGroup ").count(), 8);
+    assert_eq!(groups.matches("ITABLE_ZEROED").count(), 8);
     let features = run("e2fsprogs", "dumpe2fs", &[&"-h", &workshop.path().join(format!("{}.img", 10 * GIB))]);
     let features = String::from_utf8_lossy(&features.stdout).into_owned();
     assert!(!features.contains("has_journal"), "{features}");

@@ -18,8 +18,6 @@ pub struct Cached {
     pub key: String,
     /// Directory that it was made from; `None` when the sidecar cannot be read.
     pub source: Option<String>,
-    /// SHA-256 in hexadecimal; `None` like `source`.
-    pub digest: Option<String>,
     /// Bytes.
     pub size: u64,
     /// When it was last handed out.
@@ -56,7 +54,7 @@ impl Cache {
         Ok(images)
     }
 
-    /// Reads every image in full: digest, structure, link counts.
+    /// Reads every image in full: checksum, structure, link counts.
     pub fn verify(&self) -> Result<Vec<Verdict>, CacheError> {
         let check = |key: String| {
             let problem = self.problem(&key).err();
@@ -117,10 +115,9 @@ impl Cache {
         let metadata = image.metadata().ok()?;
         let sidecar = Sidecar::read(&self.file(&key, "json")).ok();
         let used = sidecar.as_ref().and_then(|(_, file)| file.metadata().ok()?.modified().ok());
-        let (source, digest) = sidecar.map(|(s, _)| (s.source, s.digest)).unzip();
+        let source = sidecar.map(|(s, _)| s.source);
         Some(Cached {
             source,
-            digest,
             size: metadata.size(),
             last_used: used.unwrap_or(SystemTime::UNIX_EPOCH),
             in_use: metadata.nlink() > 1 || !lock::claim(&image).unwrap_or(false),
@@ -131,9 +128,9 @@ impl Cache {
     fn problem(&self, key: &str) -> Result<(), String> {
         let image = File::open(self.file(key, "erofs")).map_err(|e| format!("open image: {e}"))?;
         let (sidecar, _) = Sidecar::read(&self.file(key, "json")).map_err(|e| format!("read sidecar: {e}"))?;
-        let digest = sidecar::digest(&image).map_err(|e| format!("read image: {e}"))?;
-        if digest != sidecar.digest {
-            return Err("digest mismatch".into());
+        let checksum = sidecar::checksum(&image).map_err(|e| format!("read image: {e}"))?;
+        if checksum != sidecar.checksum {
+            return Err("checksum mismatch".into());
         }
         let totals = Image::open(&image).and_then(|image| image.check()).map_err(|e| e.to_string())?;
         match totals.inodes == sidecar.inodes {

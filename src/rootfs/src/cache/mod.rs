@@ -3,7 +3,7 @@
 //! ```text
 //!  <root>/layers/erofs-v1/          mode 0700: images hold files that users of the node must not read
 //!      <key>.erofs                  the image, mode 0444, immutable; linked into each pod that uses it
-//!      <key>.json                   sidecar: source, digest, stamp; its modification time is the last use
+//!      <key>.json                   sidecar: source, checksum, stamp; its modification time is the last use
 //!      <key>.lock                   held while the image is built, checked in full or collected
 //!      <key>.tmp                    an image being built; whoever gets the lock may remove it
 //!
@@ -277,12 +277,12 @@ impl Cache {
         })
     }
 
-    /// Gives a suspicious image its stamp back when its digest is right.
+    /// Gives a suspicious image its stamp back when its checksum is right.
     fn restamp(&self, key: &str) -> Option<()> {
         let path = self.file(key, "json");
         let (mut sidecar, _) = Sidecar::read(&path).ok()?;
         let image = File::open(self.file(key, "erofs")).ok()?;
-        (sidecar::digest(&image).ok()? == sidecar.digest).then_some(())?;
+        (sidecar::checksum(&image).ok()? == sidecar.checksum).then_some(())?;
         sidecar.stamp = Stamp::of(&image).ok()?;
         sidecar.write(&path).ok()
     }
@@ -291,11 +291,11 @@ impl Cache {
     fn publish(&self, dir: &Path, key: &str) -> Result<(), CacheError> {
         let temp = self.file(key, "tmp");
         let temporary = Temporary(Some(&temp));
-        let (image, written, opaque) = self.convert(dir, &temp, true)?;
+        let (image, written, opaque) = self.convert(dir, &temp)?;
         image.sync_all().map_err(failed("sync image", &temp))?;
         let sidecar = Sidecar {
             source: dir.to_string_lossy().into_owned(),
-            digest: sidecar::hex(&written.digest.unwrap_or_default()),
+            checksum: written.checksum,
             inodes: written.inodes,
             opaque,
             stamp: Stamp::of(&image).map_err(failed("read back image", &temp))?,
@@ -311,7 +311,7 @@ impl Cache {
     fn ephemeral(&self, dir: &Path, image: &Path) -> Result<Layer, CacheError> {
         let start = Instant::now();
         let temporary = Temporary(Some(image));
-        let (file, written, opaque) = self.convert(dir, image, false)?;
+        let (file, written, opaque) = self.convert(dir, image)?;
         let key = key_of(image).map_err(failed("read back image", image))?;
         let file = reopen(file, image)?;
         temporary.keep();
@@ -327,7 +327,7 @@ impl Cache {
     }
 
     /// Writes `dir`'s image to `to`, replacing what is there; says also whether its root is opaque.
-    fn convert(&self, dir: &Path, to: &Path, digest: bool) -> Result<(File, Written, bool), CacheError> {
+    fn convert(&self, dir: &Path, to: &Path) -> Result<(File, Written, bool), CacheError> {
         let converting = |source| CacheError::Convert { layer: dir.into(), source };
         let tree = layer::scan(dir, &self.limits)?;
         let plan = Plan::new(&tree).map_err(converting)?;
@@ -343,7 +343,7 @@ impl Cache {
         {
             return Err(converting(WriteError::Write(e.into())));
         }
-        let written = plan.write(&file, digest).map_err(converting)?;
+        let written = plan.write(&file).map_err(converting)?;
         file.set_permissions(fs::Permissions::from_mode(0o444)).map_err(failed("protect image", to))?;
         Ok((file, written, tree.inodes[Tree::ROOT].is_opaque()))
     }

@@ -9,7 +9,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use super::format::{self, BLOCK, Dirent, InodeCore, Layout, SLOT, SUPER_OFFSET, SUPER_SIZE, SuperBlock};
-use crate::tree::{Time, Xattr};
+use crate::tree::{OPAQUE, Time, Xattr};
 
 /// Why an image cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -105,6 +105,11 @@ impl Inode {
     /// True for a directory.
     pub fn is_directory(&self) -> bool {
         self.mode & format::S_IFMT == format::S_IFDIR
+    }
+
+    /// True for overlayfs's mark that a name is removed: a character device 0:0.
+    pub fn is_whiteout(&self) -> bool {
+        self.mode & format::S_IFMT == format::S_IFCHR && self.device == (0, 0)
     }
 
     /// Where its xattrs start.
@@ -308,6 +313,11 @@ impl<'a, S: ReadAt + ?Sized> Image<'a, S> {
         }
     }
 
+    /// True for a directory that hides what the layers below have in its place.
+    pub fn is_opaque(&self, inode: &Inode) -> Result<bool> {
+        Ok(inode.is_directory() && self.xattrs(inode)?.iter().any(|x| &*x.name == OPAQUE && &*x.value == b"y"))
+    }
+
     /// Target of a symbolic link.
     pub fn link_target(&self, inode: &Inode) -> Result<Vec<u8>> {
         if inode.mode & format::S_IFMT != format::S_IFLNK || !(1..=LINK_MAX).contains(&inode.size) {
@@ -338,14 +348,19 @@ impl<'a, S: ReadAt + ?Sized> Image<'a, S> {
         Ok(entries)
     }
 
+    /// Finds one name in a directory.
+    pub fn find(&self, directory: &Inode, name: &[u8]) -> Result<Option<Inode>> {
+        let entries = self.entries(directory)?;
+        let found = entries.binary_search_by(|e| e.name.as_slice().cmp(name)).ok();
+        found.map(|index| self.inode(entries[index].nid)).transpose()
+    }
+
     /// Follows a path from the root, without following symbolic links.
     pub fn lookup(&self, path: &[u8]) -> Result<Inode> {
         let mut inode = self.root()?;
         for name in path.split(|&b| b == b'/').filter(|n| !n.is_empty()) {
-            let entries = self.entries(&inode)?;
-            let found = entries.binary_search_by(|e| e.name.as_slice().cmp(name)).ok();
             let missing = || ReadError::NotFound(String::from_utf8_lossy(path).into_owned());
-            inode = self.inode(entries[found.ok_or_else(missing)?].nid)?;
+            inode = self.find(&inode, name)?.ok_or_else(missing)?;
         }
         Ok(inode)
     }

@@ -71,7 +71,7 @@ pub fn mount_overlay(lowers: &[&Path], at: &Path) -> PathBuf {
 /// Scans `source` and writes its image.
 pub fn convert(source: &Path, image: &Path) -> (Tree, Written) {
     let tree = layer::scan(source, &Limits::default()).unwrap();
-    let written = Plan::new(&tree).unwrap().write(File::create(image).unwrap(), false).unwrap();
+    let written = Plan::new(&tree).unwrap().write(File::create(image).unwrap()).unwrap();
     (tree, written)
 }
 
