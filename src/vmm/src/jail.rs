@@ -29,6 +29,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
 use nacelle_protocol::vm::{CONFIG_FD, CONSOLE_FD, LIFELINE_FD, REPORT_FD, Report};
+use rustix::fs::FileType;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount};
 use rustix::process::{DumpableBehavior, Pid, Resource, Rlimit, WaitOptions, chdir, pivot_root, waitpid};
 use rustix::thread::{
@@ -36,11 +37,14 @@ use rustix::thread::{
 };
 use thiserror::Error;
 
-use crate::plan::Plan;
+use crate::plan::{Ids, Plan};
 use crate::report;
 
+mod graft;
 mod mountinfo;
 mod root;
+
+use graft::{Graft, Source};
 
 /// Threads and processes of a sandbox's VMM, by far more than libkrun starts for 255 CPUs.
 const MAX_THREADS: u64 = 1024;
@@ -188,6 +192,36 @@ pub fn enter(plan: &Plan, lifeline: File, console: &File) -> Result<(), JailErro
     Ok(())
 }
 
+/// A volume that comes when the sandbox runs already.
+#[derive(Debug)]
+pub struct Volume<'a> {
+    /// File or directory of the host.
+    pub source: &'a Path,
+    /// Its place below a share: a file or a directory, as the source is.
+    pub target: &'a Path,
+    /// With the mounts below.
+    pub recursive: bool,
+    /// Refuse every change.
+    pub read_only: bool,
+}
+
+/// Mounts a volume for the sandbox whose VMM is process `vmm`, in the mount namespace of the caller, with the ids of its
+/// files mapped as those of a share are. From there it propagates into the jail, which cannot map ids any more.
+///
+/// # Errors
+/// [`JailError`] with the step that failed. A file system that cannot map ids is reported as [`Report::Degraded`].
+pub fn bind(vmm: u32, volume: &Volume<'_>) -> Result<(), JailError> {
+    let path = format!("/proc/{vmm}/ns/user");
+    let users = File::open(&path).map_err(at("user namespace", format!("open {path}")))?;
+    let source = Source::open(volume.source)?;
+    let graft = Graft { users: users.as_fd(), range: 0..0, ids: Ids::Mapped, read_only: volume.read_only };
+    if volume.recursive && source.file_type == FileType::Directory {
+        graft.all(&source, volume.target)
+    } else {
+        graft.one(&source, volume.target)
+    }
+}
+
 /// Leaves the process at once: no destructors, no handlers, whatever other threads hold.
 pub fn exit(status: i32) -> ! {
     // SAFETY: _exit ends the process; there is nothing that it could leave undone that the kernel does not do.
@@ -312,6 +346,10 @@ fn fork() -> io::Result<Option<Pid>> {
     // SAFETY: there is one thread (`enter` checks), so the child's copy of every lock and of the heap is in order.
     let pid = unsafe { libc::fork() };
     if pid < 0 { Err(io::Error::last_os_error()) } else { Ok(Pid::from_raw(pid)) }
+}
+
+fn attributes(set: u64) -> libc::mount_attr {
+    libc::mount_attr { attr_set: set, attr_clr: 0, propagation: 0, userns_fd: 0 }
 }
 
 /// mount_setattr(2) on the mount whose root is `mount`.

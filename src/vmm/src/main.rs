@@ -1,17 +1,31 @@
 //! `nacelle-vmm`: started by the shim with the descriptors of [`nacelle_protocol::vm`], it becomes one microVM.
 //!
-//! Exit status: 2 used wrongly, 1 failed (a [`Report::Failed`](nacelle_protocol::vm::Report) says why), else what
-//! libkrun makes of the guest's end.
+//! ```text
+//!  nacelle-vmm                                      the machine; descriptors 2 to 6 are given
+//!  nacelle-vmm bind PID [SOURCE TARGET OPTIONS]...  mounts volumes for a machine that runs, ids mapped
+//!  nacelle-vmm --version
+//! ```
+//!
+//! PID is the VMM's; OPTIONS is `rw` or `ro`, or either with `,recursive`. What cannot be mapped, or went wrong, is told
+//! as [`Report`] lines on standard output.
+//!
+//! Exit status: 2 used wrongly, 1 failed (a [`Report::Failed`] says why), else 0 or what libkrun makes of the guest's
+//! end.
 
 use std::convert::Infallible;
 use std::error::Error;
+use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::path::Path;
 use std::process::ExitCode;
 
 use nacelle_protocol::GENERATION;
+#[cfg(doc)]
+use nacelle_protocol::vm::Report;
 use nacelle_protocol::vm::{MAX_JSON, VmConfig};
-use nacelle_vmm::jail::{self, Descriptors};
+use nacelle_vmm::jail::{self, Descriptors, Volume};
 use nacelle_vmm::krun::{Agent, Vm};
 use nacelle_vmm::plan::{Plan, PlanError};
 use nacelle_vmm::{kernel, log, report};
@@ -28,7 +42,8 @@ fn main() -> ExitCode {
             println!("nacelle-vmm {} (generation {GENERATION})", env!("CARGO_PKG_VERSION"));
             return ExitCode::SUCCESS;
         }
-        _ => return usage("it takes no arguments but --version"),
+        [command, pid, volumes @ ..] if command == "bind" => return bind(pid, volumes),
+        _ => return usage("it takes no such arguments"),
     }
     let Descriptors { config, report, lifeline, console } = match Descriptors::inherited() {
         Ok(descriptors) => descriptors,
@@ -45,6 +60,33 @@ fn main() -> ExitCode {
 fn usage(why: &str) -> ExitCode {
     eprintln!("nacelle-vmm: {why}: it is started by containerd-shim-nacelle-v2, once for each sandbox");
     ExitCode::from(EXIT_USAGE)
+}
+
+/// Mounts volumes from the command line, in order; the first that fails ends it.
+fn bind(pid: &OsStr, volumes: &[OsString]) -> ExitCode {
+    let Some(pid) = pid.to_str().and_then(|text| text.parse().ok()) else { return usage("bind takes a process id") };
+    let (volumes, []) = volumes.as_chunks::<3>() else { return usage("bind takes three words a volume") };
+    let mut parsed = Vec::with_capacity(volumes.len());
+    for [source, target, options] in volumes {
+        let (access, rest) = options.to_str().map_or(("", None), |text| match text.split_once(',') {
+            Some((access, rest)) => (access, Some(rest)),
+            None => (text, None),
+        });
+        if !matches!(access, "ro" | "rw") || !matches!(rest, None | Some("recursive")) {
+            return usage("bind takes `rw` or `ro`, or either with `,recursive`");
+        }
+        let (source, target) = (Path::new(source), Path::new(target));
+        parsed.push(Volume { source, target, recursive: rest.is_some(), read_only: access == "ro" });
+    }
+    let Ok(pipe) = std::io::stdout().as_fd().try_clone_to_owned() else { return usage("standard output is closed") };
+    report::init(pipe.into(), jail::exit);
+    match parsed.iter().try_for_each(|volume| jail::bind(pid, volume)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report::send(&report::failed(error.stage, &error));
+            ExitCode::FAILURE
+        }
+    }
 }
 
 struct Failure {

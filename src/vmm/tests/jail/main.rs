@@ -57,6 +57,7 @@ fn main() {
         mapped_share_belongs_to_the_guest,
         mapped_share_makes_no_devices,
         later_mounts_arrive,
+        later_volumes_are_mapped,
         mounts_that_cannot_be_mapped_are_reported,
         files_of_the_host_stay_the_hosts,
         descriptors_are_closed,
@@ -281,6 +282,45 @@ fn later_mounts_arrive() {
     assert!(before.contains("volumes/later"));
 }
 
+/// The other half of step 6: what arrives later has the ids that it was mounted with, so the shim has it mapped.
+fn later_volumes_are_mapped() {
+    let setup = Setup::new();
+    let [volumes, host] = ["volumes", "host"].map(|name| setup.path(name));
+    for dir in [volumes.join("raw"), volumes.join("dir"), host.clone(), host.join("below")] {
+        fs::create_dir(dir).expect("directory");
+    }
+    fs::write(volumes.join("file"), "").expect("write");
+    fs::write(host.join("secret"), "token").expect("write");
+    fs::set_permissions(host.join("secret"), fs::Permissions::from_mode(0o400)).expect("mode");
+    tmpfs(&host.join("below"));
+    let mut sandbox = setup.start();
+
+    rustix::mount::mount_bind(&host, volumes.join("raw")).expect("bind");
+    assert_eq!(sandbox.ask(&["stat", "/share/volumes/raw/secret"]), "65534 65534 400");
+
+    let bind = |source: &Path, target: &str, options: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_nacelle-vmm"));
+        command.args(["bind", &sandbox.pid.as_raw_nonzero().to_string()]);
+        command.args([source, &volumes.join(target), Path::new(options)]).output().expect("run")
+    };
+    let output = bind(&host, "dir", "rw,recursive");
+    assert!(output.status.success() && output.stdout.is_empty(), "{output:?}");
+    let output = bind(&host.join("secret"), "file", "ro");
+    assert!(output.status.success() && output.stdout.is_empty(), "{output:?}");
+    let output = bind(Path::new("/nonexistent"), "dir", "rw");
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8(output.stdout).expect("text");
+    assert!(text.starts_with(r#"{"report":"failed","stage":"graft","errno":2,"message":"open /nonexistent"#), "{text}");
+
+    assert_eq!(sandbox.ask(&["read", "/share/volumes/dir/secret"]), "token");
+    sandbox.ask(&["write", "/share/volumes/dir/below/made", "by the guest"]);
+    assert_eq!(fs::metadata(host.join("below/made")).expect("stat").uid(), 0);
+    assert_eq!(sandbox.ask(&["read", "/share/volumes/file"]), "token");
+    assert_eq!(sandbox.tell(&["write", "/share/volumes/file", "x"]), Err(EROFS));
+    unmount(volumes.join("dir"), UnmountFlags::DETACH).expect("unmount");
+    assert_eq!(sandbox.ask(&["list", "/share/volumes/dir"]), "");
+}
+
 /// Step 7: what cannot be mapped is served as it is, and said.
 fn mounts_that_cannot_be_mapped_are_reported() {
     let setup = Setup::new();
@@ -368,7 +408,7 @@ fn panic_is_reported() {
 fn failures_are_closed_and_named() {
     type Change = fn(&mut Setup);
     let cases: [(&str, &str, Change); 6] = [
-        ("root", "open /nonexistent: No such file", |s| s.config.shares[0].source = "/nonexistent".into()),
+        ("graft", "open /nonexistent: No such file", |s| s.config.shares[0].source = "/nonexistent".into()),
         ("root", "it is a Directory, not a RegularFile", |s| s.config.disks[0].source = "/proc".into()),
         ("root", "it is a RegularFile, not a Socket", |s| s.config.sockets[0].source = s.path("disk")),
         ("cgroups", "join cgroup /nonexistent", |s| s.config.jail.cgroups = vec!["/nonexistent".into()]),
