@@ -1,0 +1,416 @@
+//! The configuration: file → [`Config`], with defaults and refusals.
+//!
+//! ```text
+//!  runtime options (ConfigPath, else ConfigBody) ─┐
+//!  $NACELLE_CONFIG ───────────────────────────────┼─ first found ─► parse ─► defaults ─► validate ─► Config
+//!  /etc/nacelle/nacelle.toml ─────────────────────┘
+//! ```
+//!
+//! A key that is not known is an error with its line: a misspelt limit must not silently become the default. The TOML
+//! structs stop here; the rest of the shim sees checked values only. No annotation of a pod ever reaches this module.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+use thiserror::Error;
+
+/// Environment variable that names the configuration file.
+pub const PATH_ENV: &str = "NACELLE_CONFIG";
+/// Environment variable that carries a whole configuration from the `start` action to the server.
+pub const BODY_ENV: &str = "NACELLE_CONFIG_BODY";
+const DEFAULT_PATH: &str = "/etc/nacelle/nacelle.toml";
+/// Longest configuration that is read, in bytes.
+const MAX_LEN: u64 = 64 << 10;
+
+/// Ids that belong to one pod.
+pub const UIDS_PER_POD: u32 = 65536;
+
+/// Why there is no usable configuration.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("read configuration {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The text is not what it should be.
+    #[error("parse configuration {origin}, line {line}: {message}")]
+    Parse {
+        /// Where the text came from.
+        origin: String,
+        /// Line, counted from 1.
+        line: usize,
+        /// What is wrong.
+        message: String,
+    },
+    /// A value is out of range.
+    #[error("check configuration: {key} = {value} is not possible: {reason}")]
+    Value {
+        /// The key.
+        key: &'static str,
+        /// Its value.
+        value: String,
+        /// The rule.
+        reason: &'static str,
+    },
+    /// A program or the kernel is nowhere to be found.
+    #[error("find the {what}: not at {tried}; install it there or set vm.{key} in the configuration")]
+    Missing {
+        /// What is missing.
+        what: &'static str,
+        /// Its key.
+        key: &'static str,
+        /// Where it was looked for.
+        tried: String,
+    },
+    /// A file is not of the right kind.
+    #[error("check the {what} {path}: it is not an ELF file{hint}")]
+    NotElf {
+        /// What the file should be.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// The host cannot run virtual machines.
+    #[error("open /dev/kvm: load the kvm-intel or kvm-amd module, and turn on virtualization in the firmware")]
+    Kvm(#[source] io::Error),
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Document {
+    vm: VmTable,
+    rootfs: RootfsTable,
+    jail: JailTable,
+    log: LogTable,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct VmTable {
+    kernel: Option<PathBuf>,
+    vmm: Option<PathBuf>,
+    agent: Option<PathBuf>,
+    vcpus: u8,
+    memory_mib: u32,
+    overhead_mib: u32,
+    boot_timeout_seconds: u64,
+    kernel_args: Vec<String>,
+}
+
+impl Default for VmTable {
+    fn default() -> Self {
+        Self {
+            kernel: None,
+            vmm: None,
+            agent: None,
+            vcpus: 1,
+            memory_mib: 512,
+            overhead_mib: 128,
+            boot_timeout_seconds: 30,
+            kernel_args: Vec::new(),
+        }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RootfsTable {
+    dir: PathBuf,
+    upper_mib: u64,
+}
+
+impl Default for RootfsTable {
+    fn default() -> Self {
+        Self { dir: "/var/lib/nacelle".into(), upper_mib: 10 * 1024 }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct JailTable {
+    uid_base: u32,
+    max_files: u64,
+}
+
+impl Default for JailTable {
+    fn default() -> Self {
+        Self { uid_base: 1_879_048_192, max_files: 65536 }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct LogTable {
+    level: String,
+}
+
+impl Default for LogTable {
+    fn default() -> Self {
+        Self { level: "info".into() }
+    }
+}
+
+/// The checked configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Configured guest kernel.
+    pub kernel: Option<PathBuf>,
+    /// Configured VMM.
+    pub vmm: Option<PathBuf>,
+    /// Configured agent.
+    pub agent: Option<PathBuf>,
+    /// Virtual CPUs without a limit.
+    pub vcpus: u8,
+    /// RAM without a limit, and the least; MiB.
+    pub memory_mib: u32,
+    /// RAM beside the containers; MiB.
+    pub overhead_mib: u32,
+    /// From the VMM's start to the agent's first word.
+    pub boot_timeout: Duration,
+    /// Appended to the guest kernel's command line.
+    pub kernel_args: Vec<String>,
+    /// Layers and uppers.
+    pub data_dir: PathBuf,
+    /// Size of a pod's upper; MiB.
+    pub upper_mib: u64,
+    /// First id of the first pod.
+    pub uid_base: u32,
+    /// RLIMIT_NOFILE of a VMM.
+    pub max_files: u64,
+    /// Level of the shim's log.
+    pub log_level: String,
+}
+
+/// The files that a VM is made of, all present and of the right kind.
+#[derive(Clone, Debug)]
+pub struct Programs {
+    /// `nacelle-vmm`.
+    pub vmm: PathBuf,
+    /// `nacelle-agent`.
+    pub agent: PathBuf,
+    /// The guest kernel.
+    pub kernel: PathBuf,
+}
+
+/// Where the configuration of this sandbox comes from, as containerd's runtime options say.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Origin {
+    /// A file; wins over `body`.
+    pub path: Option<PathBuf>,
+    /// The text itself.
+    pub body: Option<String>,
+}
+
+impl Origin {
+    /// What the `start` action left in the environment.
+    pub fn from_env() -> Self {
+        Self {
+            path: std::env::var_os(PATH_ENV).filter(|p| !p.is_empty()).map(PathBuf::from),
+            body: std::env::var(BODY_ENV).ok().filter(|b| !b.is_empty()),
+        }
+    }
+
+    /// Reads the configuration from here, or from the default place.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names the file, the line and the rule.
+    pub fn load(&self) -> Result<Config, ConfigError> {
+        if let Some(path) = &self.path {
+            return parse(&read(path)?, &path.display().to_string());
+        }
+        if let Some(body) = &self.body {
+            return parse(body, "in the runtime options");
+        }
+        match read(Path::new(DEFAULT_PATH)) {
+            Ok(text) => parse(&text, DEFAULT_PATH),
+            Err(ConfigError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                parse("", DEFAULT_PATH)
+            }
+            Err(e) => Err(e),
+        }
+    }
+}
+
+fn read(path: &Path) -> Result<String, ConfigError> {
+    let failed = |source| ConfigError::Read { path: path.to_owned(), source };
+    let mut text = String::new();
+    File::open(path).and_then(|f| f.take(MAX_LEN + 1).read_to_string(&mut text)).map_err(failed)?;
+    if text.len() as u64 > MAX_LEN {
+        return Err(failed(io::Error::new(io::ErrorKind::FileTooLarge, "longer than 64 KiB")));
+    }
+    Ok(text)
+}
+
+fn parse(text: &str, origin: &str) -> Result<Config, ConfigError> {
+    let document: Document = toml::from_str(text).map_err(|e| ConfigError::Parse {
+        origin: origin.to_owned(),
+        line: e.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1),
+        message: e.message().replace('\n', " "),
+    })?;
+    let Document { vm, rootfs, jail, log } = document;
+    let config = Config {
+        kernel: vm.kernel,
+        vmm: vm.vmm,
+        agent: vm.agent,
+        vcpus: vm.vcpus,
+        memory_mib: vm.memory_mib,
+        overhead_mib: vm.overhead_mib,
+        boot_timeout: Duration::from_secs(vm.boot_timeout_seconds),
+        kernel_args: vm.kernel_args,
+        data_dir: rootfs.dir,
+        upper_mib: rootfs.upper_mib,
+        uid_base: jail.uid_base,
+        max_files: jail.max_files,
+        log_level: log.level,
+    };
+    config.validate()?;
+    Ok(config)
+}
+
+impl Config {
+    fn validate(&self) -> Result<(), ConfigError> {
+        let check = |ok: bool, key, value: &dyn ToString, reason| {
+            if ok { Ok(()) } else { Err(ConfigError::Value { key, value: value.to_string(), reason }) }
+        };
+        check(self.vcpus >= 1, "vm.vcpus", &self.vcpus, "a VM needs a CPU")?;
+        check((128..=1 << 20).contains(&self.memory_mib), "vm.memory_mib", &self.memory_mib, "128 to 1048576")?;
+        check((32..=1 << 16).contains(&self.overhead_mib), "vm.overhead_mib", &self.overhead_mib, "32 to 65536")?;
+        let seconds = self.boot_timeout.as_secs();
+        check((1..=600).contains(&seconds), "vm.boot_timeout_seconds", &seconds, "1 to 600")?;
+        for word in &self.kernel_args {
+            let clean = !word.is_empty() && word.bytes().all(|b| b.is_ascii_graphic() && b != b'"');
+            check(clean, "vm.kernel_args", word, "one printable word each, without quotes")?;
+        }
+        check(self.data_dir.is_absolute(), "rootfs.dir", &self.data_dir.display(), "an absolute path")?;
+        check((64..=1 << 24).contains(&self.upper_mib), "rootfs.upper_mib", &self.upper_mib, "64 to 16777216")?;
+        let uid_ok = self.uid_base >= UIDS_PER_POD && self.uid_base.is_multiple_of(UIDS_PER_POD);
+        check(uid_ok, "jail.uid_base", &self.uid_base, "a multiple of 65536, not zero")?;
+        check((1024..=1 << 20).contains(&self.max_files), "jail.max_files", &self.max_files, "1024 to 1048576")?;
+        let levels = ["error", "warn", "info", "debug", "trace"];
+        check(
+            levels.contains(&self.log_level.as_str()),
+            "log.level",
+            &self.log_level,
+            "error, warn, info, debug, trace",
+        )
+    }
+
+    /// Finds the files that a VM is made of, and checks that this host can run one. `exe` is the shim's own path.
+    ///
+    /// # Errors
+    /// [`ConfigError`] says what is missing, where it was looked for, and what to do about it.
+    pub fn programs(&self, exe: &Path) -> Result<Programs, ConfigError> {
+        let beside = exe.parent().and_then(Path::parent).map(|prefix| prefix.join("libexec/nacelle"));
+        let mut libexec: Vec<PathBuf> = beside.into_iter().collect();
+        libexec.extend(["/usr/local/libexec/nacelle".into(), "/usr/libexec/nacelle".into()]);
+        let share: Vec<PathBuf> = vec!["/usr/local/share/nacelle".into(), "/usr/share/nacelle".into()];
+        let kernel_hint = "; an uncompressed vmlinux is needed, not a bzImage";
+        let programs = Programs {
+            kernel: find("guest kernel", "kernel", self.kernel.as_deref(), &share, "vmlinux", kernel_hint)?,
+            vmm: find("VMM", "vmm", self.vmm.as_deref(), &libexec, "nacelle-vmm", "")?,
+            agent: find("agent", "agent", self.agent.as_deref(), &libexec, "nacelle-agent", "")?,
+        };
+        File::options().read(true).write(true).open("/dev/kvm").map_err(ConfigError::Kvm)?;
+        Ok(programs)
+    }
+}
+
+fn find(
+    what: &'static str,
+    key: &'static str,
+    configured: Option<&Path>,
+    dirs: &[PathBuf],
+    name: &str,
+    hint: &'static str,
+) -> Result<PathBuf, ConfigError> {
+    let candidates = match configured {
+        Some(path) => vec![path.to_owned()],
+        None => dirs.iter().map(|dir| dir.join(name)).collect(),
+    };
+    let Some(path) = candidates.iter().find(|path| path.is_file()) else {
+        let tried: Vec<_> = candidates.iter().map(|path| path.display().to_string()).collect();
+        return Err(ConfigError::Missing { what, key, tried: tried.join(" or ") });
+    };
+    let mut magic = [0; 4];
+    let read = File::open(path).and_then(|mut f| f.read_exact(&mut magic));
+    match read {
+        Err(e) if e.kind() != io::ErrorKind::UnexpectedEof => Err(ConfigError::Read { path: path.clone(), source: e }),
+        _ if magic == *b"\x7fELF" => Ok(path.clone()),
+        _ => Err(ConfigError::NotElf { what, path: path.clone(), hint }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shipped_file_holds_exactly_the_defaults() {
+        let shipped = include_str!("../../../config/nacelle.toml");
+        let defaults = parse("", "nothing").expect("defaults are valid");
+        assert_eq!(parse(shipped, "shipped").expect("parse"), defaults);
+        // With every key uncommented it still parses, and differs only where a path is spelled out.
+        let spelled: String = shipped
+            .lines()
+            .map(|line| match line.strip_prefix('#') {
+                Some(rest) if !rest.starts_with(' ') => format!("{rest}\n"),
+                _ => format!("{line}\n"),
+            })
+            .collect();
+        let config = parse(&spelled, "spelled out").expect("parse");
+        assert_eq!(Config { kernel: None, vmm: None, agent: None, ..config }, defaults);
+    }
+
+    #[test]
+    fn refusals_name_line_and_key() {
+        let err = |text| parse(text, "f").expect_err("refused").to_string();
+        assert!(
+            err("[vm]\nvcpus = 1\nmemory = 5\n").starts_with("parse configuration f, line 3: unknown field `memory`")
+        );
+        assert!(err("[vm]\nvcpus = \"two\"\n").contains("line 2"));
+        assert!(err("[vm]\nvcpus = 0\n").contains("vm.vcpus = 0 is not possible"));
+        assert!(err("[vm]\nkernel_args = [\"a b\"]\n").contains("vm.kernel_args"));
+        assert!(err("[jail]\nuid_base = 1000\n").contains("jail.uid_base"));
+        assert!(err("[rootfs]\ndir = \"x\"\n").contains("absolute"));
+        assert!(!err("[vm]\nmemory = 5\n").contains('\n'), "one line for containerd's log");
+    }
+
+    #[test]
+    fn a_path_wins_over_a_body() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("c.toml");
+        std::fs::write(&path, "[vm]\nvcpus = 3\n").expect("write");
+        let mut origin = Origin { path: Some(path), body: Some("[vm]\nvcpus = 4\n".into()) };
+        assert_eq!(origin.load().expect("load").vcpus, 3);
+        origin.path = None;
+        assert_eq!(origin.load().expect("load").vcpus, 4);
+        origin.path = Some("/nonexistent.toml".into());
+        assert!(matches!(origin.load(), Err(ConfigError::Read { .. })), "a named file must exist");
+    }
+
+    #[test]
+    fn programs_say_what_is_missing_and_where() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let exe = dir.path().join("bin/shim");
+        let kernel = dir.path().join("vmlinux");
+        let mut config = parse("", "").expect("defaults");
+        config.kernel = Some(kernel.clone());
+        let text = config.programs(&exe).expect_err("missing").to_string();
+        assert!(text.contains("guest kernel") && text.contains("vmlinux") && text.contains("vm.kernel"), "{text}");
+        std::fs::write(&kernel, b"MZ..").expect("write");
+        assert!(matches!(config.programs(&exe), Err(ConfigError::NotElf { what: "guest kernel", .. })));
+        std::fs::write(&kernel, b"\x7fELF").expect("write");
+        config.vmm = Some(dir.path().join("nowhere"));
+        assert!(matches!(config.programs(&exe), Err(ConfigError::Missing { what: "VMM", .. })));
+    }
+}

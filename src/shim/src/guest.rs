@@ -1,0 +1,459 @@
+//! The client of the agent: handshake, deadlines, and checks on every reply.
+//!
+//! ```text
+//!  rpc.sock ◄── the guest dials, Preamble(rpc) ── Answer ──► ttrpc, with the guest as the server
+//! ```
+//!
+//! What the guest says is a claim until it has been checked here or in [`crate::sandbox`]: ids are parsed, numbers are
+//! bounded, counts are limited, and its errors are passed on as short printable text. Every call has a deadline but the
+//! one that waits for events.
+
+use std::time::Duration;
+
+use containerd_shim_protos::api;
+use containerd_shim_protos::shim_async::{Client, TaskClient};
+use nacelle_protocol::agent::{
+    AgentClient, CONTAINER_TYPE, ConfigureRequest, Container, Event as WireEvent, EventsRequest, LAYERS_DIR,
+    LAYERS_TAG, SetTimeRequest, Share, ShutdownRequest, UPPER_SERIAL, VOLUMES_DIR, VOLUMES_TAG, event::What,
+};
+use nacelle_protocol::ids::{ContainerId, ExecId};
+use nacelle_protocol::stream::{Answer, Kind, PREAMBLE_LEN, Preamble, Status};
+use protobuf::MessageField;
+use protobuf::well_known_types::any::Any;
+use thiserror::Error;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use ttrpc::Code;
+use ttrpc::asynchronous::transport::Socket;
+use ttrpc::context::{Context, with_duration};
+
+use crate::publisher::now_ns;
+use crate::sandbox::ProcessKey;
+use crate::stdio::Names;
+use crate::stream::PREAMBLE_DEADLINE;
+
+/// How long an ordinary call may take. The guest may be slow, but it is not on a network.
+const DEADLINE: Duration = Duration::from_secs(60);
+/// How long the guest may take to end in good order.
+const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(1);
+/// How often the clock of a guest that cannot follow the host's is set.
+const CLOCK_PERIOD: Duration = Duration::from_secs(30);
+/// Most of a guest's error message that is passed on, in characters.
+const MAX_MESSAGE: usize = 2048;
+/// Most processes of a container that are listed.
+const MAX_PIDS: usize = 32768;
+/// Largest metrics that are passed on, in bytes.
+const MAX_STATS: usize = 1 << 20;
+/// Type of the metrics that are passed on: the guest has cgroup v2, whatever the host has.
+pub const STATS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
+
+/// Why a call to the guest failed.
+#[derive(Debug, Error)]
+pub enum GuestError {
+    /// The guest refuses.
+    #[error("{what}: {message}")]
+    Refused {
+        /// What it was asked for.
+        what: &'static str,
+        /// Its code.
+        code: Code,
+        /// Its reason, shortened and made printable.
+        message: String,
+    },
+    /// The guest takes too long.
+    #[error("{0}: the guest does not answer")]
+    Timeout(&'static str),
+    /// The connection to the guest broke.
+    #[error("{what}: the guest is gone")]
+    Gone {
+        /// What it was asked for.
+        what: &'static str,
+        /// The cause.
+        #[source]
+        source: ttrpc::Error,
+    },
+    /// The answer cannot be.
+    #[error("{what}: the guest's answer makes no sense: {why}")]
+    Nonsense {
+        /// What it was asked for.
+        what: &'static str,
+        /// The rule that it breaks.
+        why: &'static str,
+    },
+    /// Nobody can dial in.
+    #[error("accept the guest's connection")]
+    Accept(#[source] std::io::Error),
+    /// The description of the container cannot be encoded.
+    #[error("describe container")]
+    Encode(#[source] serde_json::Error),
+}
+
+/// What the guest reports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GuestEvent {
+    /// A process ended with this status.
+    Exit(ProcessKey, u32),
+    /// A container ran out of memory.
+    Oom(ContainerId),
+}
+
+/// The guest's services.
+#[derive(Clone)]
+pub struct Guest {
+    task: TaskClient,
+    agent: AgentClient,
+}
+
+fn check<T>(what: &'static str, result: ttrpc::Result<T>) -> Result<T, GuestError> {
+    result.map_err(|error| match error {
+        ttrpc::Error::RpcStatus(status) if status.code() == Code::DEADLINE_EXCEEDED => GuestError::Timeout(what),
+        ttrpc::Error::RpcStatus(status) => {
+            let text = status.message().chars().take(MAX_MESSAGE);
+            let message = text.map(|c| if c.is_control() { ' ' } else { c }).collect();
+            GuestError::Refused { what, code: status.code(), message }
+        }
+        source => GuestError::Gone { what, source },
+    })
+}
+
+fn soon() -> Context {
+    with_duration(DEADLINE)
+}
+
+/// The `exec_id` of a request.
+fn exec_id(key: &ProcessKey) -> String {
+    key.exec.as_ref().map(ToString::to_string).unwrap_or_default()
+}
+
+impl Guest {
+    /// Accepts the agent's connection: the first one with the right preamble. There is no second.
+    ///
+    /// # Errors
+    /// [`GuestError::Accept`]. The caller sets the deadline.
+    pub async fn accept(listener: UnixListener) -> Result<Self, GuestError> {
+        loop {
+            let (socket, _) = listener.accept().await.map_err(GuestError::Accept)?;
+            match timeout(PREAMBLE_DEADLINE, admit(socket)).await {
+                Ok(Some(socket)) => {
+                    let client = Client::new(Socket::new(socket));
+                    return Ok(Self { task: TaskClient::new(client.clone()), agent: AgentClient::new(client) });
+                }
+                _ => tracing::warn!("a connection of the guest was refused"),
+            }
+        }
+    }
+
+    /// Tells the guest where its shares and its disk are, and what time it is.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn configure(&self, hostname: &str) -> Result<(), GuestError> {
+        let share = |tag: &str, target: &str, read_only| Share {
+            tag: tag.to_owned(),
+            target: target.to_owned(),
+            read_only,
+            ..Share::default()
+        };
+        let request = ConfigureRequest {
+            shares: vec![share(LAYERS_TAG, LAYERS_DIR, true), share(VOLUMES_TAG, VOLUMES_DIR, false)],
+            upper_serial: UPPER_SERIAL.to_owned(),
+            hostname: hostname.to_owned(),
+            realtime_ns: now_ns(),
+            ..ConfigureRequest::default()
+        };
+        let response = check("configure guest", self.agent.configure(soon(), &request).await)?;
+        let version: String = response.version.chars().filter(|c| c.is_ascii_graphic()).take(32).collect();
+        let kernel: String = response.kernel.chars().filter(|c| c.is_ascii_graphic()).take(64).collect();
+        tracing::info!("guest is up: agent {version}, kernel {kernel}");
+        if !response.follows_host_clock {
+            tokio::spawn(keep_time(self.agent.clone()));
+        }
+        Ok(())
+    }
+
+    /// Creates a container; returns the guest's process id.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn create(
+        &self,
+        id: &ContainerId,
+        container: &Container,
+        terminal: bool,
+        io: &Names,
+    ) -> Result<u32, GuestError> {
+        let what = "create container";
+        let value = serde_json::to_vec(container).map_err(GuestError::Encode)?;
+        let options = Any { type_url: CONTAINER_TYPE.to_owned(), value, ..Any::default() };
+        let request = api::CreateTaskRequest {
+            id: id.to_string(),
+            terminal,
+            stdin: io.stdin.clone(),
+            stdout: io.stdout.clone(),
+            stderr: io.stderr.clone(),
+            options: MessageField::some(options),
+            ..Default::default()
+        };
+        some_pid(what, check(what, self.task.create(soon(), &request).await)?.pid)
+    }
+
+    /// Registers an exec.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn exec(&self, key: &ProcessKey, process: Vec<u8>, terminal: bool, io: &Names) -> Result<(), GuestError> {
+        let type_url = "types.containerd.io/opencontainers/runtime-spec/1/Process".to_owned();
+        let request = api::ExecProcessRequest {
+            id: key.container.to_string(),
+            exec_id: exec_id(key),
+            terminal,
+            stdin: io.stdin.clone(),
+            stdout: io.stdout.clone(),
+            stderr: io.stderr.clone(),
+            spec: MessageField::some(Any { type_url, value: process, ..Any::default() }),
+            ..Default::default()
+        };
+        check("add exec", self.task.exec(soon(), &request).await).map(drop)
+    }
+
+    /// Starts a process; returns the guest's process id.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn start(&self, key: &ProcessKey) -> Result<u32, GuestError> {
+        let what = "start process";
+        let request = api::StartRequest { id: key.container.to_string(), exec_id: exec_id(key), ..Default::default() };
+        some_pid(what, check(what, self.task.start(soon(), &request).await)?.pid)
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn kill(&self, key: &ProcessKey, signal: u32, all: bool) -> Result<(), GuestError> {
+        let request = api::KillRequest {
+            id: key.container.to_string(),
+            exec_id: exec_id(key),
+            signal,
+            all,
+            ..Default::default()
+        };
+        check("signal process", self.task.kill(soon(), &request).await).map(drop)
+    }
+
+    /// Forgets a process that has exited. One that the guest does not know is forgotten already.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn delete(&self, key: &ProcessKey) -> Result<(), GuestError> {
+        let request = api::DeleteRequest { id: key.container.to_string(), exec_id: exec_id(key), ..Default::default() };
+        match check("delete process", self.task.delete(soon(), &request).await) {
+            Err(GuestError::Refused { code: Code::NOT_FOUND, .. }) | Ok(_) => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Process ids of a container, as the guest counts them.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn pids(&self, id: &ContainerId) -> Result<Vec<u32>, GuestError> {
+        let request = api::PidsRequest { id: id.to_string(), ..Default::default() };
+        let response = check("list processes", self.task.pids(soon(), &request).await)?;
+        Ok(response.processes.iter().map(|p| p.pid).filter(|pid| *pid != 0).take(MAX_PIDS).collect())
+    }
+
+    /// Stops a container's processes.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn pause(&self, id: &ContainerId) -> Result<(), GuestError> {
+        let request = api::PauseRequest { id: id.to_string(), ..Default::default() };
+        check("pause container", self.task.pause(soon(), &request).await).map(drop)
+    }
+
+    /// Lets them go on.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn resume(&self, id: &ContainerId) -> Result<(), GuestError> {
+        let request = api::ResumeRequest { id: id.to_string(), ..Default::default() };
+        check("resume container", self.task.resume(soon(), &request).await).map(drop)
+    }
+
+    /// Changes a container's limits; `resources` is JSON.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn update(&self, id: &ContainerId, resources: Vec<u8>) -> Result<(), GuestError> {
+        let type_url = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".to_owned();
+        let resources = MessageField::some(Any { type_url, value: resources, ..Any::default() });
+        let request = api::UpdateTaskRequest { id: id.to_string(), resources, ..Default::default() };
+        check("update container", self.task.update(soon(), &request).await).map(drop)
+    }
+
+    /// Sets the size of a process's terminal.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn resize(&self, key: &ProcessKey, width: u32, height: u32) -> Result<(), GuestError> {
+        let request = api::ResizePtyRequest {
+            id: key.container.to_string(),
+            exec_id: exec_id(key),
+            width,
+            height,
+            ..Default::default()
+        };
+        check("resize terminal", self.task.resize_pty(soon(), &request).await).map(drop)
+    }
+
+    /// A container's metrics: an encoded message of the type [`STATS_TYPE`].
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn stats(&self, id: &ContainerId) -> Result<Vec<u8>, GuestError> {
+        let what = "read metrics";
+        let request = api::StatsRequest { id: id.to_string(), ..Default::default() };
+        let mut response = check(what, self.task.stats(soon(), &request).await)?;
+        let stats = response.stats.take().unwrap_or_default();
+        if stats.type_url.rsplit('/').next() != Some(STATS_TYPE) {
+            return Err(GuestError::Nonsense { what, why: "metrics of another type" });
+        }
+        if stats.value.len() > MAX_STATS {
+            return Err(GuestError::Nonsense { what, why: "metrics of more than 1 MiB" });
+        }
+        Ok(stats.value)
+    }
+
+    /// Asks the guest to end. It may be gone before it answers.
+    pub async fn shutdown(&self) {
+        let _ = self.agent.shutdown(with_duration(SHUTDOWN_DEADLINE), &ShutdownRequest::default()).await;
+    }
+
+    /// Passes on the guest's events until it is gone, or nobody takes them any more.
+    pub async fn events(self, sink: mpsc::Sender<GuestEvent>) {
+        let mut after = 0u64;
+        loop {
+            let request = EventsRequest { after, ..EventsRequest::default() };
+            let response = match check("wait for events", self.agent.events(Context::default(), &request).await) {
+                Ok(response) => response,
+                Err(e) => return tracing::debug!("{}", crate::chain(&e)),
+            };
+            for event in response.events {
+                if Some(event.number) != after.checked_add(1) {
+                    return tracing::error!(
+                        "event {} of the guest does not follow {after}: no more events",
+                        event.number
+                    );
+                }
+                after = event.number;
+                match read_event(event) {
+                    Some(event) => {
+                        if sink.send(event).await.is_err() {
+                            return;
+                        }
+                    }
+                    None => tracing::error!("event {after} of the guest makes no sense"),
+                }
+            }
+        }
+    }
+}
+
+fn some_pid(what: &'static str, pid: u32) -> Result<u32, GuestError> {
+    if pid == 0 { Err(GuestError::Nonsense { what, why: "process id 0" }) } else { Ok(pid) }
+}
+
+fn read_event(event: WireEvent) -> Option<GuestEvent> {
+    match event.what? {
+        What::Exit(exit) => {
+            let container = ContainerId::new(exit.container_id).ok()?;
+            let exec = (!exit.exec_id.is_empty()).then(|| ExecId::new(exit.exec_id)).transpose().ok()?;
+            Some(GuestEvent::Exit(ProcessKey { container, exec }, exit.status.min(255)))
+        }
+        What::Oom(oom) => Some(GuestEvent::Oom(ContainerId::new(oom.container_id).ok()?)),
+        _ => None,
+    }
+}
+
+async fn admit(mut socket: UnixStream) -> Option<UnixStream> {
+    let mut bytes = [0; PREAMBLE_LEN];
+    socket.read_exact(&mut bytes).await.ok()?;
+    let preamble = Preamble::decode(&bytes).ok()?;
+    let mut status = preamble.status();
+    if preamble.kind != Kind::Rpc {
+        status = Status::UnknownStream;
+    }
+    socket.write_all(&Answer::new(status).encode()).await.ok()?;
+    (status == Status::Accepted).then_some(socket)
+}
+
+/// Ends with the guest.
+async fn keep_time(agent: AgentClient) {
+    loop {
+        tokio::time::sleep(CLOCK_PERIOD).await;
+        let request = SetTimeRequest { realtime_ns: now_ns(), ..SetTimeRequest::default() };
+        if agent.set_time(soon(), &request).await.is_err() {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nacelle_protocol::agent::{Exit, Oom};
+
+    use super::*;
+
+    fn exit(container: &str, exec: &str, status: u32) -> WireEvent {
+        let exit = Exit { container_id: container.into(), exec_id: exec.into(), status, pid: 7, ..Exit::default() };
+        WireEvent { number: 1, what: Some(What::Exit(exit)), ..WireEvent::default() }
+    }
+
+    #[test]
+    fn events_are_checked() {
+        let id = |text: &str| ContainerId::new(text).expect("id");
+        let key = ProcessKey { container: id("c1"), exec: None };
+        assert_eq!(read_event(exit("c1", "", 3)), Some(GuestEvent::Exit(key.clone(), 3)));
+        assert_eq!(read_event(exit("c1", "", 70_000)), Some(GuestEvent::Exit(key, 255)));
+        assert_eq!(read_event(exit("../c1", "", 3)), None);
+        assert_eq!(read_event(exit("c1", "a/b", 3)), None);
+        assert_eq!(read_event(WireEvent::default()), None);
+        let oom = Oom { container_id: "c1".into(), ..Oom::default() };
+        let oom = WireEvent { what: Some(What::Oom(oom)), ..WireEvent::default() };
+        assert_eq!(read_event(oom), Some(GuestEvent::Oom(id("c1"))));
+    }
+
+    #[test]
+    fn errors_are_short_and_printable() {
+        let status = ttrpc::get_status(Code::NOT_FOUND, format!("no\n\x1b[1m{}", "x".repeat(10_000)));
+        let error = check::<()>("do it", Err(ttrpc::Error::RpcStatus(status))).expect_err("error");
+        let text = error.to_string();
+        assert!(text.starts_with("do it: no  [1mxxx") && text.len() < MAX_MESSAGE + 20);
+    }
+
+    #[tokio::test]
+    async fn the_first_right_preamble_wins() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("rpc.sock");
+        let listener = UnixListener::bind(&path).expect("bind");
+        let accept = tokio::spawn(Guest::accept(listener));
+        for bad in [Preamble::new(Kind::Stream, 0), Preamble { generation: 99, ..Preamble::new(Kind::Rpc, 0) }] {
+            let mut socket = UnixStream::connect(&path).await.expect("connect");
+            socket.write_all(&bad.encode()).await.expect("write");
+            let mut answer = [0; 8];
+            socket.read_exact(&mut answer).await.expect("read");
+            assert!(Answer::check(&answer).is_err());
+        }
+        let mut garbage = UnixStream::connect(&path).await.expect("connect");
+        garbage.write_all(&[0; PREAMBLE_LEN]).await.expect("write");
+        let mut good = UnixStream::connect(&path).await.expect("connect");
+        good.write_all(&Preamble::new(Kind::Rpc, 0).encode()).await.expect("write");
+        let mut answer = [0; 8];
+        good.read_exact(&mut answer).await.expect("read");
+        Answer::check(&answer).expect("accepted");
+        assert!(accept.await.expect("join").is_ok());
+    }
+}

@@ -1,0 +1,302 @@
+//! What the sandbox decides to do, done: each function is one request, from the checks on the host to the guest's word.
+//!
+//! They run as tasks of their own beside the [`crate::driver`], own what they need, and leave nothing behind when they
+//! fail. None of them changes the sandbox's state.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nacelle_protocol::agent::{Container, Rootfs};
+use nacelle_protocol::ids::ContainerId;
+use nacelle_rootfs::plan::{self, Mount};
+use oci_spec::runtime::{Hooks, LinuxResources, Process};
+use tokio::sync::mpsc;
+
+use crate::bundle::{Bundle, Role};
+use crate::guest::GuestEvent;
+use crate::hooks;
+use crate::pod::{Env, Host, Pod, PodError, blocking, link_layers};
+use crate::sandbox::{ProcessKey, Refusal};
+use crate::spec::{self, Shared, Volume};
+use crate::stdio::{Io, Owner};
+use crate::task::{Create, Exec, TaskError};
+use crate::vm;
+use crate::volumes;
+
+/// How long output may take to be read before a process is forgotten.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// What the shim remembers of a container.
+#[derive(Clone, Debug)]
+pub struct Local {
+    /// containerd's directory.
+    pub bundle: PathBuf,
+    /// The root file system's mounts, as they were asked for.
+    pub rootfs: Vec<Mount>,
+    /// Process id of the main process in the guest.
+    pub guest_pid: u32,
+    hooks: Option<Hooks>,
+    version: String,
+    volumes: Vec<String>,
+}
+
+impl Local {
+    fn hook_state(&self, id: &ContainerId, status: &'static str, pid: u32) -> hooks::State {
+        hooks::State { version: self.version.clone(), id: id.to_string(), status, pid, bundle: self.bundle.clone() }
+    }
+}
+
+/// A container that has been created.
+#[derive(Debug)]
+pub struct Created {
+    /// What to remember.
+    pub local: Local,
+    /// Its streams.
+    pub io: Io,
+    /// As containerd knows it: the VMM's.
+    pub pid: u32,
+}
+
+fn owner(env: &Env, container: &ContainerId) -> Owner {
+    Owner { namespace: env.namespace.to_string(), container: container.to_string() }
+}
+
+fn log_dropped(id: &ContainerId, dropped: &[String]) {
+    for what in dropped {
+        tracing::info!("container {id}: not carried into the VM: {what}");
+    }
+}
+
+/// Boots the pod with its first container in it.
+///
+/// # Errors
+/// [`TaskError`]; everything is rolled back.
+pub async fn create_first(
+    env: Arc<Env>,
+    id: ContainerId,
+    request: Create,
+) -> Result<(Arc<Pod>, mpsc::Receiver<GuestEvent>, Created), TaskError> {
+    let config = request.origin.as_ref().unwrap_or(&env.origin).load()?;
+    let programs = config.programs(&env.exe)?;
+    let bundle = Bundle::load(&request.bundle)?;
+    if matches!(bundle.role, Role::Container(_)) {
+        // It belongs into a pod whose first container, and whose VM with it, is not there.
+        return Err(TaskError::Refused(Refusal::VmGone, ProcessKey { container: id, exec: None }));
+    }
+    let translation = spec::translate(&bundle.spec, &id, None)?;
+    log_dropped(&id, &translation.dropped);
+    let rootfs = plan::plan(&request.rootfs)?;
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let size = vm::size(&bundle, &config, cpus);
+
+    let data_dir = config.data_dir.clone();
+    let claim_env = env.clone();
+    let mut host = blocking("prepare pod", move || Host::claim(&claim_env, config)).await?;
+    // The lowers are converted while the VM boots: the guest finds them in its share when it needs them.
+    let dirs = host.dirs.clone();
+    let name = id.to_string();
+    let layers = tokio::spawn(blocking("convert layers", move || link_layers(&data_dir, &dirs, &name, &rootfs)));
+    let equip = {
+        let (bundle, volumes) = (bundle.clone(), translation.volumes.clone());
+        blocking("prepare pod", move || {
+            let listeners = host.equip(&bundle, size, &volumes);
+            Ok::<_, PodError>((host, listeners))
+        })
+    };
+    let (host, listeners) = equip.await?;
+    let host = Arc::new(host);
+    let booted = async {
+        let (pod, events) = Pod::boot(&env, host.clone(), listeners?, &programs, &bundle, size).await?;
+        Ok::<_, TaskError>((Arc::new(pod), events))
+    };
+    // The conversion cannot be interrupted, and must not write into a directory that is being removed.
+    let (booted, layers) = tokio::join!(booted, layers);
+    let layers = layers.unwrap_or(Err(PodError::Worker("convert layers")));
+    let (pod, events) = match booted {
+        Ok(booted) => booted,
+        Err(e) => {
+            let remove = move || {
+                host.remove();
+                Ok::<_, PodError>(())
+            };
+            if let Err(e) = blocking("remove pod", remove).await {
+                tracing::error!("{}", crate::chain(&e));
+            }
+            return Err(e);
+        }
+    };
+    match finish(&env, &pod, id, bundle, translation.spec, translation.volumes, layers, request).await {
+        Ok(created) => Ok((pod, events, created)),
+        Err(e) => {
+            pod.stop().await;
+            Err(e)
+        }
+    }
+}
+
+/// Creates one more container in a pod that runs.
+///
+/// # Errors
+/// [`TaskError`]; everything is rolled back.
+pub async fn create_next(
+    env: Arc<Env>,
+    pod: Arc<Pod>,
+    shared: Option<Shared>,
+    id: ContainerId,
+    request: Create,
+) -> Result<Created, TaskError> {
+    let bundle = Bundle::load(&request.bundle)?;
+    let translation = spec::translate(&bundle.spec, &id, shared)?;
+    log_dropped(&id, &translation.dropped);
+    let rootfs = plan::plan(&request.rootfs)?;
+    let (host, volumes) = (pod.host.clone(), translation.volumes.clone());
+    let name = id.to_string();
+    let layers = blocking("prepare container", move || {
+        let share = host.dirs.volumes();
+        for (index, volume) in volumes.iter().enumerate() {
+            if let Err(e) = volumes::bind(&share, volume) {
+                volumes[..index].iter().for_each(|volume| volumes::unbind(&share, &volume.name));
+                return Err(e.into());
+            }
+        }
+        link_layers(host.data_dir(), &host.dirs, &name, &rootfs)
+    });
+    let layers = layers.await;
+    let names: Vec<_> = translation.volumes.iter().map(|volume| volume.name.clone()).collect();
+    let created = finish(&env, &pod, id, bundle, translation.spec, translation.volumes, layers, request).await;
+    if created.is_err() {
+        unbind_all(&pod, names).await;
+    }
+    created
+}
+
+#[expect(clippy::too_many_arguments, reason = "the common end of two ways, called nowhere else")]
+async fn finish(
+    env: &Env,
+    pod: &Pod,
+    id: ContainerId,
+    bundle: Bundle,
+    spec: serde_json::Value,
+    volumes: Vec<Volume>,
+    layers: Result<Vec<String>, PodError>,
+    request: Create,
+) -> Result<Created, TaskError> {
+    let pid = pod.vm.pid();
+    let hooks = bundle.hooks().cloned();
+    let mut local = Local {
+        hooks,
+        version: bundle.spec.version().clone(),
+        volumes: volumes.into_iter().map(|volume| volume.name).collect(),
+        guest_pid: 0,
+        bundle: bundle.dir,
+        rootfs: request.rootfs,
+    };
+    let wanted = request.io;
+    let io = Io::open(&pod.hub, &owner(env, &id), &wanted).await?;
+    if let Some(hooks) = &local.hooks {
+        let state = local.hook_state(&id, "creating", pid);
+        // Deprecated, but first: OCI runtime specification, `config.md`, "POSIX-platform Hooks".
+        hooks::run("prestart", hooks.prestart().as_ref(), &state).await?;
+        hooks::run("createRuntime", hooks.create_runtime().as_ref(), &state).await?;
+    }
+    let container = Container { spec, rootfs: Rootfs { lowers: layers? } };
+    let create = async { Ok::<_, TaskError>(pod.guest.create(&id, &container, wanted.terminal, io.names()).await?) };
+    local.guest_pid = pod.while_alive(create).await?;
+    Ok(Created { local, io, pid })
+}
+
+/// Registers an exec.
+///
+/// # Errors
+/// [`TaskError`].
+pub async fn exec(env: Arc<Env>, pod: Arc<Pod>, key: ProcessKey, request: Exec) -> Result<Io, TaskError> {
+    let decode = |source| TaskError::Decode { what: "process of the exec", source };
+    let process: Process = serde_json::from_slice(&request.process).map_err(decode)?;
+    let mut dropped = Vec::new();
+    let process = spec::process(&process, &mut dropped);
+    log_dropped(&key.container, &dropped);
+    let io = Io::open(&pod.hub, &owner(&env, &key.container), &request.io).await?;
+    pod.guest.exec(&key, process.to_string().into_bytes(), request.io.terminal, io.names()).await?;
+    Ok(io)
+}
+
+/// Starts a process. Returns its process id as containerd shall know it.
+///
+/// # Errors
+/// [`TaskError`].
+pub async fn start(pod: Arc<Pod>, key: ProcessKey, local: Option<Local>) -> Result<u32, TaskError> {
+    let start = async { Ok::<_, TaskError>(pod.guest.start(&key).await?) };
+    let guest_pid = pod.while_alive(start).await?;
+    if key.exec.is_some() {
+        return Ok(guest_pid);
+    }
+    let pid = pod.vm.pid();
+    if let Some((hooks, local)) = local.as_ref().and_then(|l| l.hooks.as_ref().map(|h| (h, l))) {
+        // The process runs; a hook that fails now changes nothing any more.
+        let state = local.hook_state(&key.container, "running", pid);
+        if let Err(e) = hooks::run("poststart", hooks.poststart().as_ref(), &state).await {
+            tracing::warn!("{}", crate::chain(&e));
+        }
+    }
+    Ok(pid)
+}
+
+/// Changes a container's limits.
+///
+/// # Errors
+/// [`TaskError`].
+pub async fn update(pod: Arc<Pod>, id: ContainerId, resources: Vec<u8>) -> Result<(), TaskError> {
+    let decode = |source| TaskError::Decode { what: "resources", source };
+    let resources: LinuxResources = serde_json::from_slice(&resources).map_err(decode)?;
+    let mut dropped = Vec::new();
+    let resources = spec::resources(&resources, &mut dropped);
+    log_dropped(&id, &dropped);
+    pod.guest.update(&id, resources.to_string().into_bytes()).await?;
+    Ok(())
+}
+
+/// Forgets a process; without a pod, only on the host.
+///
+/// # Errors
+/// [`TaskError`].
+pub async fn delete(
+    pod: Option<Arc<Pod>>,
+    key: ProcessKey,
+    io: Option<Io>,
+    local: Option<Local>,
+) -> Result<(), TaskError> {
+    if let Some(io) = io {
+        io.drain(DRAIN).await;
+    }
+    if let Some(pod) = &pod {
+        let delete = async { Ok::<_, TaskError>(pod.guest.delete(&key).await?) };
+        tokio::select! {
+            result = delete => result?,
+            // Gone with its VM.
+            () = pod.vm.gone() => {}
+        }
+    }
+    let Some(local) = local else { return Ok(()) };
+    if let Some(pod) = pod {
+        unbind_all(&pod, local.volumes.clone()).await;
+    }
+    if let Some(hooks) = &local.hooks {
+        let state = local.hook_state(&key.container, "stopped", 0);
+        if let Err(e) = hooks::run("poststop", hooks.poststop().as_ref(), &state).await {
+            tracing::warn!("{}", crate::chain(&e));
+        }
+    }
+    Ok(())
+}
+
+async fn unbind_all(pod: &Arc<Pod>, names: Vec<String>) {
+    let host = pod.host.clone();
+    let unbind = move || {
+        names.iter().for_each(|name| volumes::unbind(&host.dirs.volumes(), name));
+        Ok::<_, PodError>(())
+    };
+    if let Err(e) = blocking("unbind volumes", unbind).await {
+        tracing::error!("{}", crate::chain(&e));
+    }
+}

@@ -1,0 +1,383 @@
+//! The pod on the host and in its VM: set up step by step, taken down in the reverse order.
+//!
+//! ```text
+//!  Host::claim   directories, range of ids                                   ─┐ undone by
+//!  Host::equip   upper disk, volumes, cgroup, sockets                          │ Host::remove
+//!  Pod::boot     VMM ─► jail ─► kernel ─► agent dials ─► Configure            ─┘ Pod::stop
+//! ```
+//!
+//! Each step consumes the one before, so a wrong order does not compile. `state.json` is written before there is
+//! anything that a crash could leave behind, and again when the VMM runs.
+
+use std::io;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nacelle_protocol::ids::SandboxId;
+use nacelle_rootfs::cache::{Cache, CacheError};
+use nacelle_rootfs::plan::RootfsPlan;
+use nacelle_rootfs::{Limits, upper};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
+use thiserror::Error;
+use tokio::net::UnixListener;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use crate::bundle::Bundle;
+use crate::cgroup::{self, CgroupError};
+use crate::config::{Config, Origin, Programs};
+use crate::guest::{Guest, GuestError, GuestEvent};
+use crate::spec::Volume;
+use crate::state::{Dirs, Process, State, StateError, UidSlot};
+use crate::stream::Hub;
+use crate::vm::{self, Place, Size, Vm, VmError};
+use crate::volumes::{self, VolumeError};
+
+/// Connections that may wait: a full backlog looks like success to a guest.
+const BACKLOG: i32 = 1024;
+/// Events of the guest that may wait.
+const EVENTS: usize = 256;
+/// How long a killed VMM may take to be gone.
+const KILL_DEADLINE: Duration = Duration::from_secs(2);
+
+/// Why there is no pod.
+#[derive(Debug, Error)]
+pub enum PodError {
+    /// Directories or ids.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The writable disk.
+    #[error(transparent)]
+    Upper(#[from] upper::UpperError),
+    /// The lowers.
+    #[error(transparent)]
+    Layers(#[from] CacheError),
+    /// The volumes.
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
+    /// The cgroup.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The VMM.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// The agent.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// A file of the pod.
+    #[error("{what} {path}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The guest does not come up.
+    #[error("boot VM: nothing heard from the guest after {seconds} s (vm.boot_timeout_seconds); {words}")]
+    Timeout {
+        /// The deadline.
+        seconds: u64,
+        /// What log and console say.
+        words: String,
+    },
+    /// A thread for blocking work is gone.
+    #[error("{0}: worker thread failed")]
+    Worker(&'static str),
+}
+
+/// What a shim knows from its start.
+#[derive(Debug)]
+pub struct Env {
+    /// containerd's namespace.
+    pub namespace: SandboxId,
+    /// The sandbox.
+    pub sandbox: SandboxId,
+    /// The shim's own program.
+    pub exe: PathBuf,
+    /// Where sandboxes live.
+    pub run_root: PathBuf,
+    /// The shim's socket.
+    pub socket: PathBuf,
+    /// Configuration named at the start.
+    pub origin: Origin,
+}
+
+/// Runs blocking work on a thread for it.
+///
+/// # Errors
+/// [`PodError`] of the work.
+pub async fn blocking<T, E>(
+    what: &'static str,
+    work: impl FnOnce() -> Result<T, E> + Send + 'static,
+) -> Result<T, PodError>
+where
+    T: Send + 'static,
+    E: Send + 'static,
+    PodError: From<E>,
+{
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result.map_err(Into::into),
+        Err(_) => Err(PodError::Worker(what)),
+    }
+}
+
+fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PodError {
+    move |source| PodError::Io { what, path: path.to_owned(), source }
+}
+
+/// Brings a root file system's lowers into the pod's share; returns their names, bottom first.
+///
+/// # Errors
+/// [`PodError`].
+pub fn link_layers(data_dir: &Path, dirs: &Dirs, container: &str, plan: &RootfsPlan) -> Result<Vec<String>, PodError> {
+    let cache = Cache::open(data_dir, Limits::default())?;
+    let scratch = dirs.scratch(container);
+    std::fs::create_dir_all(&scratch).map_err(io_error("create", &scratch))?;
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let layers = cache.acquire_all(plan, &scratch, threads)?;
+    let share = dirs.layers();
+    let mut names = Vec::with_capacity(layers.len());
+    for layer in &layers {
+        let name = format!("{}.erofs", layer.key);
+        if !share.join(&name).exists() {
+            cache.link_into(layer, &share, &name)?;
+        }
+        tracing::debug!("layer {name}: {:?} in {:?}", layer.outcome, layer.took);
+        names.push(name);
+    }
+    // Their images are linked; only containers' own conversions were in there.
+    std::fs::remove_dir_all(&scratch).map_err(io_error("remove", &scratch))?;
+    Ok(names)
+}
+
+/// What a pod has on the host. All of its methods block.
+#[derive(Debug)]
+pub struct Host {
+    /// Its directories.
+    pub dirs: Dirs,
+    slot: UidSlot,
+    cgroups: Vec<PathBuf>,
+    config: Config,
+    socket: PathBuf,
+}
+
+/// The sockets that the guest dials.
+#[derive(Debug)]
+pub struct Listeners {
+    rpc: std::os::unix::net::UnixListener,
+    streams: std::os::unix::net::UnixListener,
+}
+
+impl Host {
+    /// Makes the directories and claims a range of ids.
+    ///
+    /// # Errors
+    /// [`PodError`]; nothing is left.
+    pub fn claim(env: &Env, config: Config) -> Result<Self, PodError> {
+        let dirs = Dirs::new(&env.run_root, &config.data_dir, &env.namespace, &env.sandbox);
+        dirs.create()?;
+        let claimed = UidSlot::claim(&env.run_root, &dirs, config.uid_base);
+        match claimed {
+            Ok(slot) => {
+                let host = Self { dirs, slot, cgroups: Vec::new(), config, socket: env.socket.clone() };
+                host.write_state(None).inspect_err(|_| host.remove())?;
+                Ok(host)
+            }
+            Err(e) => {
+                dirs.remove()?;
+                Err(e.into())
+            }
+        }
+    }
+
+    /// Where the node's layers are.
+    pub fn data_dir(&self) -> &Path {
+        &self.config.data_dir
+    }
+
+    fn uid(&self) -> u32 {
+        self.slot.first(self.config.uid_base)
+    }
+
+    fn write_state(&self, vmm: Option<Process>) -> Result<(), StateError> {
+        let state = State {
+            vmm,
+            cgroups: self.cgroups.clone(),
+            data_dir: self.config.data_dir.clone(),
+            socket: self.socket.clone(),
+        };
+        state.write(&self.dirs)
+    }
+
+    /// Makes the upper disk, the volumes of the first container, the cgroup and the sockets.
+    ///
+    /// # Errors
+    /// [`PodError`]; what was made is left to [`Host::remove`].
+    pub fn equip(&mut self, bundle: &Bundle, size: Size, first: &[Volume]) -> Result<Listeners, PodError> {
+        let uid = self.uid();
+        let disk = self.dirs.upper();
+        upper::create(&self.config.data_dir, &disk, self.config.upper_mib << 20)?;
+        chown(&disk, Some(uid), Some(uid)).map_err(io_error("give away", &disk))?;
+        let share = self.dirs.volumes();
+        volumes::prepare(&share)?;
+        for volume in first {
+            volumes::bind(&share, volume)?;
+        }
+        let resources = bundle.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        let cpu_shares = resources.and_then(|r| r.cpu().as_ref()).and_then(|cpu| cpu.shares());
+        let limits = cgroup::Limits { memory: Some(size.cgroup_bytes), cpu_shares };
+        match (cgroup::root(), bundle.cgroups_path()) {
+            (Some(root), Some(path)) => self.cgroups = cgroup::create(&root, path, limits)?,
+            (None, _) => tracing::warn!("no writable cgroup v2 hierarchy: the VM is not limited on the host"),
+            (_, None) => {}
+        }
+        self.write_state(None)?;
+        let listen = |path: PathBuf| listen_at(&path, uid).map_err(io_error("listen at", &path));
+        Ok(Listeners { rpc: listen(self.dirs.rpc_socket())?, streams: listen(self.dirs.stream_socket())? })
+    }
+
+    /// Removes all of it. What cannot be removed is left to `delete`, and said.
+    pub fn remove(&self) {
+        if let Err(e) = volumes::destroy(&self.dirs.volumes()) {
+            tracing::error!("{}", crate::chain(&e));
+        }
+        cgroup::remove(&self.cgroups);
+        if let Err(e) = self.dirs.remove() {
+            tracing::error!("{}", crate::chain(&e));
+        }
+    }
+}
+
+/// A UNIX listener for the VMM alone.
+fn listen_at(path: &Path, uid: u32) -> io::Result<std::os::unix::net::UnixListener> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    chown(path, Some(uid), Some(uid))?;
+    listen(&socket, BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// A pod whose guest is up.
+pub struct Pod {
+    /// Its VM.
+    pub vm: Vm,
+    /// Its agent.
+    pub guest: Guest,
+    /// What it has on the host.
+    pub host: Arc<Host>,
+    /// Streams that the guest may dial.
+    pub hub: Arc<Hub>,
+    streams: tokio::task::AbortHandle,
+}
+
+impl Pod {
+    /// Starts the VMM, and returns with the guest configured, its events coming in at the receiver.
+    ///
+    /// # Errors
+    /// [`PodError`]; there is no VM then. The host's side is left to the caller.
+    pub async fn boot(
+        env: &Env,
+        host: Arc<Host>,
+        listeners: Listeners,
+        programs: &Programs,
+        bundle: &Bundle,
+        size: Size,
+    ) -> Result<(Self, mpsc::Receiver<GuestEvent>), PodError> {
+        let begin = std::time::Instant::now();
+        let config = &host.config;
+        let place = Place {
+            uid_base: host.uid(),
+            cgroups: host.cgroups.first().cloned().into_iter().collect(),
+            network: bundle.network.clone(),
+        };
+        let vm_config = vm::plan(&env.sandbox, size, config, programs, &host.dirs, place);
+        let listener = |l: std::os::unix::net::UnixListener, path: PathBuf| {
+            UnixListener::from_std(l).map_err(io_error("listen at", &path))
+        };
+        let rpc = listener(listeners.rpc, host.dirs.rpc_socket())?;
+        let streams = listener(listeners.streams, host.dirs.stream_socket())?;
+        let vm = Vm::spawn(&programs.vmm, &vm_config).await?;
+        let in_jail = begin.elapsed();
+        host.write_state(Process::find(vm.pid()))?;
+        adjust_oom_score(vm.pid(), bundle);
+        let hub = Arc::new(Hub::default());
+        let streams = tokio::spawn(hub.clone().serve(streams)).abort_handle();
+        let up = async {
+            let guest = Guest::accept(rpc).await?;
+            guest.configure(bundle.spec.hostname().as_deref().unwrap_or_default()).await?;
+            Ok::<_, PodError>(guest)
+        };
+        let booted = tokio::select! {
+            booted = timeout(config.boot_timeout, up) => booted.unwrap_or_else(|_| {
+                Err(PodError::Timeout { seconds: config.boot_timeout.as_secs(), words: vm.last_words() })
+            }),
+            () = vm.gone() => Err(vm.why().await.into()),
+        };
+        match booted {
+            Ok(guest) => {
+                tracing::info!(
+                    "VMM {} of sandbox {}: in its jail after {in_jail:?}, guest up after {:?}",
+                    vm.pid(),
+                    env.sandbox,
+                    begin.elapsed()
+                );
+                let (sink, events) = mpsc::channel(EVENTS);
+                tokio::spawn(guest.clone().events(sink));
+                Ok((Self { vm, guest, host, hub, streams }, events))
+            }
+            Err(e) => {
+                streams.abort();
+                vm.kill();
+                // Gone before the caller takes away what it stands on.
+                let _ = timeout(KILL_DEADLINE, vm.gone()).await;
+                Err(e)
+            }
+        }
+    }
+
+    /// Waits for the guest, but not longer than the VM lives.
+    ///
+    /// # Errors
+    /// Those of `work`, or why the VM is gone.
+    pub async fn while_alive<T, E: From<PodError>>(&self, work: impl Future<Output = Result<T, E>>) -> Result<T, E> {
+        tokio::select! {
+            result = work => result,
+            () = self.vm.gone() => Err(PodError::from(self.vm.why().await).into()),
+        }
+    }
+
+    /// Ends the VM and removes what the pod has on the host. May be called again.
+    pub async fn stop(&self) {
+        tokio::select! {
+            () = self.guest.shutdown() => {}
+            () = self.vm.gone() => {}
+        }
+        self.vm.kill();
+        if timeout(KILL_DEADLINE, self.vm.gone()).await.is_err() {
+            tracing::error!("VMM {} does not die", self.vm.pid());
+        }
+        self.hub.close();
+        self.streams.abort();
+        let host = self.host.clone();
+        let removed = tokio::task::spawn_blocking(move || host.remove()).await;
+        if removed.is_err() {
+            tracing::error!("remove pod: worker thread failed");
+        }
+    }
+}
+
+/// What the kernel kills first when the host runs out of memory is what the container said.
+fn adjust_oom_score(pid: u32, bundle: &Bundle) {
+    let Some(score) = bundle.spec.process().as_ref().and_then(|process| process.oom_score_adj()) else { return };
+    if let Err(e) = std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string()) {
+        // Not every host lets root lower it.
+        tracing::debug!("adjust VMM's OOM score to {score}: {e}");
+    }
+}

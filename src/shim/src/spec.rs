@@ -1,0 +1,281 @@
+//! The OCI configuration for the guest: constructed field by field, never filtered. Pure.
+//!
+//! What is not named here does not reach the guest, so a field that a later version of the specification adds cannot
+//! slip through. Three things can happen to a part of the host's configuration:
+//!
+//! | part                                                              | what becomes of it                                    |
+//! |-------------------------------------------------------------------|-------------------------------------------------------|
+//! | process, root, host name, sysctls, limits, seccomp, masked paths  | copied                                                  |
+//! | bind mounts                                                       | become volumes: see [`Volume`]                          |
+//! | namespaces                                                        | pid, ipc, uts, mount and cgroup; shared ones by guest pid |
+//! | AppArmor, SELinux, block I/O, RDT, devices of the host            | dropped, and said so: they mean something of the host's |
+//! | user namespaces, idmapped mounts, seccomp listeners               | refused: without them the container would be less confined |
+
+use std::path::{Path, PathBuf};
+
+use nacelle_protocol::agent::VOLUMES_DIR;
+use nacelle_protocol::ids::ContainerId;
+use oci_spec::runtime::{
+    Linux, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
+};
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+use thiserror::Error;
+
+#[cfg(test)]
+mod tests;
+
+/// Why a configuration cannot be carried over.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum SpecError {
+    /// A file system that the guest cannot mount for the container.
+    #[error("mount {destination}: type {kind:?} is not supported")]
+    MountType {
+        /// Where it should go.
+        destination: PathBuf,
+        /// Its type.
+        kind: String,
+    },
+    /// A bind mount of nothing.
+    #[error("mount {0}: it has no source")]
+    NoSource(PathBuf),
+    /// Something that has no counterpart in the guest, and without which the container would be less confined.
+    #[error("use {0}: not supported in a VM")]
+    Unsupported(&'static str),
+    /// A namespace of a process that nacelle does not know.
+    #[error("join namespace {0}: only those of the pod's first container can be joined")]
+    Namespace(PathBuf),
+    /// A part is missing.
+    #[error("read configuration: no {0}")]
+    Missing(&'static str),
+}
+
+/// A directory or a single file of the host that the container gets to see.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Volume {
+    /// Name below the volumes share.
+    pub name: String,
+    /// On the host.
+    pub source: PathBuf,
+    /// Where the container wants it, for messages.
+    pub destination: PathBuf,
+    /// With the mounts below it.
+    pub recursive: bool,
+    /// The container may not write.
+    pub read_only: bool,
+}
+
+/// The pod's first container, whose namespaces the others may share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shared {
+    /// The process id that containerd knows.
+    pub host_pid: u32,
+    /// The process id in the guest.
+    pub guest_pid: u32,
+}
+
+/// A configuration for the guest, and what it needs on the host.
+#[derive(Clone, Debug)]
+pub struct Translation {
+    /// The OCI configuration.
+    pub spec: Value,
+    /// The volumes that its bind mounts stand for.
+    pub volumes: Vec<Volume>,
+    /// What was left out, for the log.
+    pub dropped: Vec<String>,
+}
+
+fn put(map: &mut Map<String, Value>, key: &str, value: &Option<impl Serialize>) {
+    if let Some(value) = value {
+        // These types come from JSON and go back the same way.
+        map.insert(key.to_owned(), json!(value));
+    }
+}
+
+/// Makes the guest's configuration of container `id`.
+///
+/// # Errors
+/// [`SpecError`].
+pub fn translate(host: &Spec, id: &ContainerId, shared: Option<Shared>) -> Result<Translation, SpecError> {
+    let mut dropped = Vec::new();
+    let linux = host.linux().as_ref().ok_or(SpecError::Missing("linux section"))?;
+    let host_process = host.process().as_ref().ok_or(SpecError::Missing("process"))?;
+    let mut volumes = Vec::new();
+    let mut mounts = Vec::new();
+    for host_mount in host.mounts().iter().flatten() {
+        mounts.push(mount(host_mount, id, &mut volumes)?);
+    }
+    let read_only = host.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
+    let mut spec = Map::new();
+    spec.insert("ociVersion".into(), json!(host.version()));
+    spec.insert("process".into(), process(host_process, &mut dropped));
+    spec.insert("root".into(), json!({ "path": "rootfs", "readonly": read_only }));
+    put(&mut spec, "hostname", host.hostname());
+    put(&mut spec, "domainname", host.domainname());
+    spec.insert("mounts".into(), Value::Array(mounts));
+    spec.insert("linux".into(), linux_section(linux, id, shared, &mut dropped)?);
+    Ok(Translation { spec: Value::Object(spec), volumes, dropped })
+}
+
+/// Makes the guest's configuration of a process: a container's, or an exec's.
+pub fn process(host: &Process, dropped: &mut Vec<String>) -> Value {
+    let mut out = Map::new();
+    put(&mut out, "terminal", &host.terminal());
+    put(&mut out, "consoleSize", &host.console_size());
+    out.insert("user".into(), json!(host.user()));
+    put(&mut out, "args", host.args());
+    put(&mut out, "env", host.env());
+    out.insert("cwd".into(), json!(host.cwd()));
+    put(&mut out, "capabilities", host.capabilities());
+    put(&mut out, "rlimits", host.rlimits());
+    put(&mut out, "noNewPrivileges", &host.no_new_privileges());
+    put(&mut out, "oomScoreAdj", &host.oom_score_adj());
+    put(&mut out, "ioPriority", host.io_priority());
+    put(&mut out, "scheduler", host.scheduler());
+    let labels = [("AppArmor profile", host.apparmor_profile()), ("SELinux label", host.selinux_label())];
+    for (what, label) in labels {
+        if let Some(label) = label.as_ref().filter(|label| !label.is_empty()) {
+            dropped.push(format!("{what} {label:?}"));
+        }
+    }
+    Value::Object(out)
+}
+
+fn is_bind(mount: &Mount) -> bool {
+    let options = mount.options().iter().flatten();
+    mount.typ().as_deref() == Some("bind") || options.into_iter().any(|o| o == "bind" || o == "rbind")
+}
+
+fn mount(host: &Mount, id: &ContainerId, volumes: &mut Vec<Volume>) -> Result<Value, SpecError> {
+    let destination = host.destination();
+    let none = Vec::new();
+    let options = host.options().as_ref().unwrap_or(&none);
+    let mapped = host.uid_mappings().iter().flatten().chain(host.gid_mappings().iter().flatten()).next().is_some();
+    if mapped || options.iter().any(|o| o == "idmap" || o == "ridmap") {
+        return Err(SpecError::Unsupported("an idmapped mount"));
+    }
+    if is_bind(host) {
+        let source = host.source().as_ref().filter(|source| !source.as_os_str().is_empty());
+        let volume = Volume {
+            name: format!("{id}-{}", volumes.len()),
+            source: source.ok_or_else(|| SpecError::NoSource(destination.clone()))?.clone(),
+            destination: destination.clone(),
+            recursive: options.iter().any(|o| o == "rbind"),
+            // As in mount(8), the last word counts.
+            read_only: options.iter().rfind(|o| matches!(o.as_str(), "ro" | "rro" | "rw")).is_some_and(|o| o != "rw"),
+        };
+        let source = Path::new(VOLUMES_DIR).join(&volume.name);
+        volumes.push(volume);
+        return Ok(json!({ "destination": destination, "type": "bind", "source": source, "options": options }));
+    }
+    let kind = host.typ().as_deref().unwrap_or_default();
+    match kind {
+        "proc" | "sysfs" | "tmpfs" | "devpts" | "mqueue" | "cgroup" => {
+            Ok(json!({ "destination": destination, "type": kind, "source": kind, "options": options }))
+        }
+        // The guest has no other.
+        "cgroup2" => {
+            Ok(json!({ "destination": destination, "type": "cgroup", "source": "cgroup", "options": options }))
+        }
+        _ => Err(SpecError::MountType { destination: destination.clone(), kind: kind.chars().take(80).collect() }),
+    }
+}
+
+fn linux_section(
+    host: &Linux,
+    id: &ContainerId,
+    shared: Option<Shared>,
+    dropped: &mut Vec<String>,
+) -> Result<Value, SpecError> {
+    let mapped = host.uid_mappings().iter().flatten().chain(host.gid_mappings().iter().flatten()).next().is_some();
+    if mapped {
+        return Err(SpecError::Unsupported("a user namespace"));
+    }
+    if host.seccomp().as_ref().is_some_and(|seccomp| seccomp.listener_path().is_some()) {
+        return Err(SpecError::Unsupported("a seccomp listener"));
+    }
+    let mut namespaces = Vec::new();
+    for host_namespace in host.namespaces().iter().flatten() {
+        namespaces.extend(namespace(host_namespace, shared)?);
+    }
+    let mut out = Map::new();
+    out.insert("namespaces".into(), Value::Array(namespaces));
+    out.insert("cgroupsPath".into(), json!(format!("/{id}")));
+    put(&mut out, "sysctl", host.sysctl());
+    if let Some(host_resources) = host.resources() {
+        out.insert("resources".into(), resources(host_resources, dropped));
+    }
+    let (kept, gone): (Vec<_>, Vec<_>) = host.devices().iter().flatten().partition(|device| is_pseudo(device));
+    out.insert("devices".into(), json!(kept));
+    if !gone.is_empty() {
+        let names: Vec<_> = gone.iter().take(8).map(|device| device.path().display().to_string()).collect();
+        dropped.push(format!("{} devices of the host: {}", gone.len(), names.join(" ")));
+    }
+    put(&mut out, "seccomp", host.seccomp());
+    put(&mut out, "maskedPaths", host.masked_paths());
+    put(&mut out, "readonlyPaths", host.readonly_paths());
+    put(&mut out, "rootfsPropagation", host.rootfs_propagation());
+    put(&mut out, "personality", host.personality());
+    if host.mount_label().as_ref().is_some_and(|label| !label.is_empty()) {
+        dropped.push("SELinux mount label".into());
+    }
+    if host.intel_rdt().is_some() {
+        dropped.push("Intel RDT".into());
+    }
+    Ok(Value::Object(out))
+}
+
+fn namespace(host: &LinuxNamespace, shared: Option<Shared>) -> Result<Option<Value>, SpecError> {
+    use LinuxNamespaceType as Type;
+    let file = match host.typ() {
+        // The guest's own; the VMM is in the one on the host.
+        Type::Network => return Ok(None),
+        // Without mappings there is nothing that it would change.
+        Type::User => return Ok(None),
+        Type::Time => return Err(SpecError::Unsupported("a time namespace")),
+        Type::Pid => "pid",
+        Type::Ipc => "ipc",
+        Type::Uts => "uts",
+        Type::Mount => "mnt",
+        Type::Cgroup => "cgroup",
+    };
+    let Some(path) = host.path() else { return Ok(Some(json!({ "type": host.typ() }))) };
+    match shared {
+        Some(pids) if *path == Path::new(&format!("/proc/{}/ns/{file}", pids.host_pid)) => {
+            Ok(Some(json!({ "type": host.typ(), "path": format!("/proc/{}/ns/{file}", pids.guest_pid) })))
+        }
+        _ => Err(SpecError::Namespace(path.clone())),
+    }
+}
+
+/// What the guest's cgroups can do. Used for updates too.
+pub fn resources(host: &LinuxResources, dropped: &mut Vec<String>) -> Value {
+    let mut out = Map::new();
+    put(&mut out, "devices", host.devices());
+    put(&mut out, "memory", host.memory());
+    put(&mut out, "cpu", host.cpu());
+    put(&mut out, "pids", host.pids());
+    put(&mut out, "hugepageLimits", host.hugepage_limits());
+    put(&mut out, "unified", host.unified());
+    // Their devices are numbers of the host's.
+    let block = host.block_io().as_ref().is_some_and(|io| {
+        let throttles = [
+            io.throttle_read_bps_device(),
+            io.throttle_write_bps_device(),
+            io.throttle_read_iops_device(),
+            io.throttle_write_iops_device(),
+        ];
+        io.weight().is_some() || throttles.iter().any(|t| t.as_ref().is_some_and(|t| !t.is_empty()))
+    });
+    if block {
+        dropped.push("block I/O limits".into());
+    }
+    Value::Object(out)
+}
+
+/// A device that is the same in every kernel (Linux `Documentation/admin-guide/devices.txt`). Any other number means
+/// another device in the guest, such as the pod's own disk.
+fn is_pseudo(device: &LinuxDevice) -> bool {
+    let character = matches!(device.typ(), LinuxDeviceType::C | LinuxDeviceType::U);
+    character && matches!((device.major(), device.minor()), (1, 3 | 5 | 7 | 8 | 9 | 11) | (5, 0..=2) | (10, 200 | 229))
+}

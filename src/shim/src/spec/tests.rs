@@ -1,0 +1,134 @@
+use super::*;
+
+fn host() -> Value {
+    json!({
+        "ociVersion": "1.1.0",
+        "process": {
+            "terminal": true, "consoleSize": { "height": 24, "width": 80 },
+            "user": { "uid": 1000, "gid": 1000, "additionalGids": [4], "umask": 18 },
+            "args": ["sh", "-c", "true"], "env": ["PATH=/bin"], "cwd": "/home",
+            "capabilities": { "bounding": ["CAP_CHOWN"], "effective": ["CAP_CHOWN"], "permitted": ["CAP_CHOWN"] },
+            "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024 }],
+            "noNewPrivileges": true, "apparmorProfile": "docker-default", "selinuxLabel": "x", "oomScoreAdj": -5
+        },
+        "root": { "path": "/host/path/rootfs", "readonly": true },
+        "hostname": "h", "domainname": "d",
+        "mounts": [
+            { "destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid"] },
+            { "destination": "/sys/fs/cgroup", "type": "cgroup2", "source": "cgroup", "options": ["ro"] },
+            { "destination": "/data", "type": "bind", "source": "/host/data", "options": ["rbind", "rw"] },
+            { "destination": "/etc/hosts", "type": "none", "source": "/host/hosts", "options": ["bind", "ro"] }
+        ],
+        "hooks": { "prestart": [{ "path": "/host/hook" }] },
+        "annotations": { "secret": "of the host" },
+        "linux": {
+            "namespaces": [{ "type": "pid" }, { "type": "network", "path": "/run/netns/x" }, { "type": "mount" }],
+            "cgroupsPath": "/kubepods/pod1/c1", "sysctl": { "net.ipv4.ip_forward": "1" },
+            "resources": {
+                "memory": { "limit": 1048576 }, "cpu": { "quota": 50000, "period": 100000 }, "pids": { "limit": 10 },
+                "devices": [{ "allow": false, "access": "rwm" }], "blockIO": { "weight": 10 }
+            },
+            "devices": [
+                { "path": "/dev/fuse", "type": "c", "major": 10, "minor": 229, "fileMode": 438, "uid": 0, "gid": 0 },
+                { "path": "/dev/vda", "type": "b", "major": 254, "minor": 0 }
+            ],
+            "seccomp": { "defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{ "names": ["read"], "action": "SCMP_ACT_ALLOW" }] },
+            "maskedPaths": ["/proc/kcore"], "readonlyPaths": ["/proc/sys"], "mountLabel": "x",
+            "intelRdt": { "closID": "x" }
+        }
+    })
+}
+
+fn id() -> ContainerId {
+    ContainerId::new("c1").expect("id")
+}
+
+fn run(json: Value, shared: Option<Shared>) -> Result<Translation, SpecError> {
+    translate(&serde_json::from_value(json).expect("spec"), &id(), shared)
+}
+
+#[test]
+fn golden() {
+    let translation = run(host(), None).expect("translate");
+    let expected = json!({
+        "ociVersion": "1.1.0",
+        "process": {
+            "terminal": true, "consoleSize": { "height": 24, "width": 80 },
+            "user": { "uid": 1000, "gid": 1000, "additionalGids": [4], "umask": 18 },
+            "args": ["sh", "-c", "true"], "env": ["PATH=/bin"], "cwd": "/home",
+            "capabilities": { "bounding": ["CAP_CHOWN"], "effective": ["CAP_CHOWN"], "permitted": ["CAP_CHOWN"] },
+            "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024 }],
+            "noNewPrivileges": true, "oomScoreAdj": -5
+        },
+        "root": { "path": "rootfs", "readonly": true },
+        "hostname": "h", "domainname": "d",
+        "mounts": [
+            { "destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid"] },
+            { "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"] },
+            { "destination": "/data", "type": "bind", "source": "/run/nacelle/volumes/c1-0", "options": ["rbind", "rw"] },
+            { "destination": "/etc/hosts", "type": "bind", "source": "/run/nacelle/volumes/c1-1", "options": ["bind", "ro"] }
+        ],
+        "linux": {
+            "namespaces": [{ "type": "pid" }, { "type": "mount" }],
+            "cgroupsPath": "/c1", "sysctl": { "net.ipv4.ip_forward": "1" },
+            "resources": {
+                "memory": { "limit": 1048576 }, "cpu": { "quota": 50000, "period": 100000 }, "pids": { "limit": 10 },
+                "devices": [{ "allow": false, "access": "rwm" }]
+            },
+            "devices": [
+                { "path": "/dev/fuse", "type": "c", "major": 10, "minor": 229, "fileMode": 438, "uid": 0, "gid": 0 }
+            ],
+            "seccomp": { "defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{ "names": ["read"], "action": "SCMP_ACT_ALLOW" }] },
+            "maskedPaths": ["/proc/kcore"], "readonlyPaths": ["/proc/sys"]
+        }
+    });
+    assert_eq!(translation.spec, expected);
+    let volume = |n: usize, source: &str, destination: &str, recursive, read_only| Volume {
+        name: format!("c1-{n}"),
+        source: source.into(),
+        destination: destination.into(),
+        recursive,
+        read_only,
+    };
+    let volumes = [volume(0, "/host/data", "/data", true, false), volume(1, "/host/hosts", "/etc/hosts", false, true)];
+    assert_eq!(translation.volumes, volumes);
+    assert_eq!(translation.dropped.len(), 6, "{:?}", translation.dropped);
+    assert!(!translation.spec.to_string().contains("/host/"), "no path of the host's");
+}
+
+#[test]
+fn refusals() {
+    let refused = |pointer: &str, value: Value| {
+        let mut json = host();
+        *json.pointer_mut(pointer).expect("pointer") = value;
+        run(json, None).expect_err("refused").to_string()
+    };
+    let mount = |kind: &str| json!({ "destination": "/x", "type": kind, "source": "s" });
+    assert_eq!(refused("/mounts/0", mount("nfs")), "mount /x: type \"nfs\" is not supported");
+    assert_eq!(refused("/mounts/0", json!({ "destination": "/x", "type": "bind" })), "mount /x: it has no source");
+    let idmapped = json!({ "destination": "/x", "type": "bind", "source": "/y", "options": ["idmap"] });
+    assert!(refused("/mounts/0", idmapped).contains("idmapped"));
+    assert!(refused("/linux/namespaces/0", json!({ "type": "time" })).contains("time namespace"));
+}
+
+#[test]
+fn less_confinement_is_refused() {
+    let mut json = host();
+    json["linux"]["uidMappings"] = json!([{ "containerID": 0, "hostID": 100000, "size": 65536 }]);
+    assert_eq!(run(json, None).expect_err("refused"), SpecError::Unsupported("a user namespace"));
+    let mut json = host();
+    json["linux"]["seccomp"]["listenerPath"] = json!("/run/listener");
+    assert_eq!(run(json, None).expect_err("refused"), SpecError::Unsupported("a seccomp listener"));
+}
+
+#[test]
+fn shared_namespaces() {
+    let shared = Some(Shared { host_pid: 4321, guest_pid: 77 });
+    let mut json = host();
+    json["linux"]["namespaces"] = json!([{ "type": "ipc", "path": "/proc/4321/ns/ipc" }, { "type": "mount" }]);
+    let spec = run(json.clone(), shared).expect("translate").spec;
+    assert_eq!(spec["linux"]["namespaces"][0], json!({ "type": "ipc", "path": "/proc/77/ns/ipc" }));
+    assert!(matches!(run(json.clone(), None), Err(SpecError::Namespace(_))));
+    json["linux"]["namespaces"] = json!([{ "type": "ipc", "path": "/proc/1/ns/ipc" }]);
+    assert!(matches!(run(json, shared), Err(SpecError::Namespace(_))), "of a stranger");
+}

@@ -1,0 +1,400 @@
+//! One microVM: its description, the process that runs it, and that process's end.
+//!
+//! ```text
+//!  Bundle, Config ──plan──► VmConfig ──spawn──► nacelle-vmm ── Started{pid} ──► Vm
+//!                                                  │ exits       │ reparented to the shim, held by a pidfd
+//!                                                  └─ or Failed ─┴─► VmError: stage, message, last words
+//! ```
+//!
+//! The exit code of a VMM says nothing; that it is gone says everything. Log and console are always read.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use command_fds::{CommandFdExt, FdMapping};
+use nacelle_protocol::GENERATION;
+use nacelle_protocol::agent::{LAYERS_TAG, UPPER_SERIAL, VOLUMES_TAG};
+use nacelle_protocol::ids::SandboxId;
+use nacelle_protocol::stream::{RPC_PORT, STREAM_PORT};
+use nacelle_protocol::vm::{
+    CONFIG_FD, CONSOLE_FD, Disk, Jail, LIFELINE_FD, LOG_FD, MAX_JSON, REPORT_FD, Report, Share, Socket, VmConfig,
+};
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
+use thiserror::Error;
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest};
+use tokio::net::unix::pipe;
+use tokio::time::timeout;
+
+use crate::bundle::{Bundle, Network};
+use crate::config::{Config, Programs, UIDS_PER_POD};
+use crate::state::Dirs;
+use crate::tail::Tail;
+
+/// How long the VMM may take to build its jail and report.
+const START_DEADLINE: Duration = Duration::from_secs(20);
+const MIB: u64 = 1 << 20;
+
+/// Why there is no VM.
+#[derive(Debug, Error)]
+pub enum VmError {
+    /// The process cannot be started.
+    #[error("start VMM {path}")]
+    Spawn {
+        /// The program.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A system call on the process or its pipes failed.
+    #[error("{what}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The VMM says why it gave up.
+    #[error("start VM: {stage}: {message}")]
+    Failed {
+        /// Its stage.
+        stage: String,
+        /// Its message.
+        message: String,
+    },
+    /// The VMM is gone and did not say why.
+    #[error("start VM: the VMM is gone; its last words: {0}")]
+    Gone(String),
+    /// The VMM says something that is no report.
+    #[error("start VM: read report")]
+    Report(#[source] serde_json::Error),
+    /// The VMM takes too long.
+    #[error("start VM: no report after {} s", START_DEADLINE.as_secs())]
+    Timeout,
+}
+
+/// How large a VM is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size {
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// RAM, MiB.
+    pub memory_mib: u32,
+    /// Limit of the pod's cgroup on the host, bytes: the RAM, and the VMM's own needs.
+    pub cgroup_bytes: u64,
+}
+
+/// Sizes the VM for its first container, or for its pod where the limits of that are known.
+pub fn size(bundle: &Bundle, config: &Config, host_cpus: usize) -> Size {
+    let resources = bundle.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let memory = resources.and_then(|r| r.memory().as_ref()).and_then(|m| m.limit());
+    let memory = bundle.pod.memory.or(memory.and_then(|bytes| u64::try_from(bytes).ok()));
+    let needed = memory.filter(|bytes| *bytes > 0).map(|bytes| bytes.div_ceil(MIB) + u64::from(config.overhead_mib));
+    let memory_mib = needed.unwrap_or(0).clamp(config.memory_mib.into(), u64::from(u32::MAX) / 2) as u32;
+
+    let cpu = resources.and_then(|r| r.cpu().as_ref());
+    let quota = bundle.pod.cpu_quota.or(cpu.and_then(|c| c.quota())).and_then(|q| u64::try_from(q).ok());
+    let period = bundle.pod.cpu_period.or(cpu.and_then(|c| c.period())).filter(|p| *p > 0).unwrap_or(100_000);
+    let wanted = quota.filter(|q| *q > 0).map_or(config.vcpus.into(), |quota| quota.div_ceil(period));
+    let vcpus = wanted.clamp(1, host_cpus.clamp(1, 255) as u64) as u8;
+    Size { vcpus, memory_mib, cgroup_bytes: (u64::from(memory_mib) + u64::from(config.overhead_mib)) * MIB }
+}
+
+/// What of the host belongs to the VMM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// First id of its range.
+    pub uid_base: u32,
+    /// Cgroups that it joins.
+    pub cgroups: Vec<PathBuf>,
+    /// Where its network is.
+    pub network: Network,
+}
+
+/// Describes the VM. The devices are all there will ever be: what comes later goes through the shares.
+pub fn plan(
+    sandbox: &SandboxId,
+    size: Size,
+    config: &Config,
+    programs: &Programs,
+    dirs: &Dirs,
+    place: Place,
+) -> VmConfig {
+    let share = |tag: &str, source, read_only| Share { tag: tag.to_owned(), source, read_only, idmap: !read_only };
+    VmConfig {
+        generation: GENERATION,
+        sandbox: sandbox.clone(),
+        vcpus: size.vcpus,
+        memory_mib: size.memory_mib,
+        kernel: programs.kernel.clone(),
+        agent: programs.agent.clone(),
+        kernel_args: config.kernel_args.clone(),
+        shares: vec![share(LAYERS_TAG, dirs.layers(), true), share(VOLUMES_TAG, dirs.volumes(), false)],
+        disks: vec![Disk { serial: UPPER_SERIAL.to_owned(), source: dirs.upper(), read_only: false }],
+        sockets: vec![
+            Socket { port: RPC_PORT, source: dirs.rpc_socket() },
+            Socket { port: STREAM_PORT, source: dirs.stream_socket() },
+        ],
+        jail: Jail {
+            root: dirs.jail_root(),
+            uid_base: place.uid_base,
+            uid_count: UIDS_PER_POD,
+            netns: match place.network {
+                Network::Join(path) => Some(path),
+                Network::New => None,
+            },
+            cgroups: place.cgroups,
+            max_files: config.max_files,
+        },
+    }
+}
+
+/// A VMM that runs. Dropping it closes the lifeline, which ends it.
+#[derive(Debug)]
+pub struct Vm {
+    pid: u32,
+    pidfd: AsyncFd<OwnedFd>,
+    _lifeline: OwnedFd,
+    log: Tail,
+    console: Tail,
+    failure: Arc<Mutex<Option<(String, String)>>>,
+}
+
+fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
+    move |source| VmError::Io { what, source }
+}
+
+impl Vm {
+    /// Starts the VMM and waits until it is in its jail. The guest boots meanwhile.
+    ///
+    /// # Errors
+    /// [`VmError`]; no process is left.
+    pub async fn spawn(program: &Path, config: &VmConfig) -> Result<Self, VmError> {
+        let failed = |source| VmError::Spawn { path: program.to_owned(), source };
+        let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(|e| failed(e.into()));
+        let (log, log_write) = pipe()?;
+        let (config_read, config_write) = pipe()?;
+        let (report, report_write) = pipe()?;
+        let (lifeline_read, lifeline) = pipe()?;
+        let (console, console_write) = pipe()?;
+        let mapping = |parent_fd, child_fd| FdMapping { parent_fd, child_fd };
+        let mut command = std::process::Command::new(program);
+        command
+            .env_clear()
+            .current_dir("/")
+            .stdin(std::process::Stdio::null())
+            .stdout(std::process::Stdio::null())
+            .fd_mappings(vec![
+                mapping(log_write, LOG_FD),
+                mapping(config_read, CONFIG_FD),
+                mapping(report_write, REPORT_FD),
+                mapping(lifeline_read, LIFELINE_FD),
+                mapping(console_write, CONSOLE_FD),
+            ])
+            .map_err(|e| failed(io::Error::other(e)))?;
+        let mut command = tokio::process::Command::from(command);
+        command.kill_on_drop(true);
+        let mut first = command.spawn().map_err(failed)?;
+        // Closes the shim's copies of the child's ends.
+        drop(command);
+
+        let receiver = |fd, what| pipe::Receiver::from_owned_fd(fd).map_err(io_error(what));
+        let log = Tail::of(receiver(log, "read VMM's log")?, "vmm");
+        let console = Tail::of(receiver(console, "read guest's console")?, "console");
+        let mut reports = BufReader::new(receiver(report, "read VMM's reports")?);
+        let json = serde_json::to_vec(config).map_err(VmError::Report)?;
+        let mut sender = pipe::Sender::from_owned_fd(config_write).map_err(io_error("write VMM's configuration"))?;
+        let start = async {
+            // A VMM that dies at once leaves its reason in the report.
+            let _ = sender.write_all(&json).await;
+            drop(sender);
+            let pid = loop {
+                match next_report(&mut reports).await? {
+                    Some(Report::Started { pid }) => break pid,
+                    Some(Report::Degraded { stage, message }) => tracing::warn!("VMM: {stage}: {message}"),
+                    Some(Report::Failed { stage, message, .. }) => return Err(VmError::Failed { stage, message }),
+                    None => return Err(VmError::Gone(log.last(512))),
+                }
+            };
+            // The VMM proper becomes the shim's child when its parent, this one, has exited.
+            first.wait().await.map_err(io_error("wait for VMM's first process"))?;
+            Ok(pid)
+        };
+        let pid = timeout(START_DEADLINE, start).await.map_err(|_| VmError::Timeout)??;
+        let raw = Pid::from_raw(pid.cast_signed()).ok_or_else(|| VmError::Gone("pid 0".into()))?;
+        // Nobody but this process reaps it, so the number is still its own.
+        let pidfd = pidfd_open(raw, PidfdFlags::NONBLOCK).map_err(|e| io_error("open VMM's pidfd")(e.into()))?;
+        #[expect(
+            deprecated,
+            reason = "the replacement is unsafe for types that may lend a wrong descriptor; OwnedFd cannot"
+        )]
+        let pidfd = AsyncFd::with_interest(pidfd, Interest::READABLE).map_err(io_error("watch VMM"))?;
+        let failure = Arc::new(Mutex::new(None));
+        tokio::spawn(remember_failure(reports, failure.clone()));
+        Ok(Self { pid, pidfd, _lifeline: lifeline, log, console, failure })
+    }
+
+    /// Process id of the VMM in the shim's namespace; it lives in the sandbox's network namespace.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Kills it. Gone already is fine.
+    pub fn kill(&self) {
+        let _ = pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL);
+    }
+
+    /// Waits until it is gone.
+    pub async fn gone(&self) {
+        if let Err(e) = self.pidfd.readable().await {
+            tracing::error!("wait for VMM: {e}");
+            return std::future::pending().await;
+        }
+        // Reaps it; a second caller finds nothing to reap.
+        let _ = waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
+    }
+
+    /// Why it is gone, as far as anybody said.
+    pub async fn why(&self) -> VmError {
+        // What was said last may still be in the pipes.
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        match self.failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some((stage, message)) => VmError::Failed { stage, message },
+            None => VmError::Gone(self.last_words()),
+        }
+    }
+
+    /// The end of the VMM's log and of the guest's console.
+    pub fn last_words(&self) -> String {
+        format!("log: {}; console: {}", self.log.last(512), self.console.last(1024))
+    }
+}
+
+async fn next_report(reports: &mut BufReader<pipe::Receiver>) -> Result<Option<Report>, VmError> {
+    let mut line = Vec::new();
+    let mut limited = reports.take(MAX_JSON as u64);
+    limited.read_until(b'\n', &mut line).await.map_err(io_error("read VMM's reports"))?;
+    if line.is_empty() { Ok(None) } else { serde_json::from_slice(&line).map(Some).map_err(VmError::Report) }
+}
+
+async fn remember_failure(mut reports: BufReader<pipe::Receiver>, failure: Arc<Mutex<Option<(String, String)>>>) {
+    loop {
+        match next_report(&mut reports).await {
+            Ok(Some(Report::Failed { stage, message, .. })) => {
+                *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some((stage, message));
+            }
+            Ok(Some(Report::Degraded { stage, message })) => tracing::warn!("VMM: {stage}: {message}"),
+            Ok(Some(Report::Started { .. })) => {}
+            Ok(None) => return,
+            Err(e) => return tracing::warn!("{}", crate::chain(&e)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Origin;
+
+    fn bundle(linux: serde_json::Value, annotations: serde_json::Value) -> Bundle {
+        let json = serde_json::json!({
+            "ociVersion": "1.1.0", "process": { "user": { "uid": 0, "gid": 0 }, "cwd": "/" },
+            "linux": linux, "annotations": annotations,
+        });
+        Bundle::parse(Path::new("/b"), json.to_string().as_bytes()).expect("bundle")
+    }
+
+    fn sized(resources: serde_json::Value, annotations: serde_json::Value) -> Size {
+        let config = Origin { body: Some(String::new()), path: None }.load().expect("defaults");
+        let linux = serde_json::json!({ "namespaces": [{ "type": "network" }], "resources": resources });
+        size(&bundle(linux, annotations), &config, 4)
+    }
+
+    #[test]
+    fn sizes() {
+        let none = serde_json::json!({});
+        let default = sized(none.clone(), none.clone());
+        assert_eq!(default, Size { vcpus: 1, memory_mib: 512, cgroup_bytes: 640 << 20 });
+        let small = sized(serde_json::json!({ "memory": { "limit": 64 << 20 } }), none.clone());
+        assert_eq!(small.memory_mib, 512, "never less than the minimum");
+        let large = sized(serde_json::json!({ "memory": { "limit": (1u64 << 30) + 1 } }), none.clone());
+        assert_eq!(large.memory_mib, 1024 + 1 + 128);
+        let unlimited = sized(serde_json::json!({ "memory": { "limit": -1 }, "cpu": { "quota": -1 } }), none.clone());
+        assert_eq!(unlimited, default);
+        let cpus = |quota: i64| {
+            let resources = serde_json::json!({ "cpu": { "quota": quota, "period": 100_000 } });
+            sized(resources, serde_json::json!({})).vcpus
+        };
+        assert_eq!([cpus(50_000), cpus(100_000), cpus(150_000), cpus(9_000_000)], [1, 1, 2, 4]);
+        let pod = serde_json::json!({
+            "io.kubernetes.cri.sandbox-memory": "2147483648", "io.kubernetes.cri.sandbox-cpu-quota": "300000",
+            "io.kubernetes.cri.sandbox-cpu-period": "100000",
+        });
+        let pod = sized(none, pod);
+        assert_eq!((pod.vcpus, pod.memory_mib), (3, 2048 + 128), "the pod's limits win");
+    }
+
+    /// A VMM made of a shell script, with the descriptors of the real one.
+    async fn spawn_script(script: &str) -> Result<Vm, VmError> {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("vmm");
+        std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).expect("write");
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).expect("chmod");
+        let config = Origin { body: Some(String::new()), path: None }.load().expect("defaults");
+        let programs = Programs { vmm: path.clone(), agent: "/a".into(), kernel: "/k".into() };
+        let sandbox = SandboxId::new("s1").expect("id");
+        let dirs = Dirs::new(dir.path(), dir.path(), &sandbox, &sandbox);
+        let size = Size { vcpus: 1, memory_mib: 128, cgroup_bytes: 0 };
+        let config = plan(&sandbox, size, &config, &programs, &dirs, nowhere());
+        Vm::spawn(&path, &config).await
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_starts_is_held_and_killed() {
+        rustix::process::set_child_subreaper(Some(rustix::process::getpid())).expect("subreaper");
+        let script =
+            "cat <&3 >/dev/null; echo booting >&6; (exec sleep 60) & echo '{\"report\":\"started\",\"pid\":'$!'}' >&4";
+        let vm = spawn_script(script).await.expect("spawn");
+        assert!(timeout(Duration::from_millis(50), vm.gone()).await.is_err(), "it runs");
+        vm.kill();
+        timeout(Duration::from_secs(5), vm.gone()).await.expect("gone");
+        vm.gone().await;
+        assert!(!Path::new(&format!("/proc/{}", vm.pid())).exists(), "reaped");
+        let why = vm.why().await.to_string();
+        assert!(why.contains("console: booting"), "{why}");
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_fails_says_why() {
+        let failed = r#"echo '{"report":"failed","stage":"jail","errno":1,"message":"pivot root: no"}' >&4; exit 1"#;
+        let error = spawn_script(failed).await.expect_err("fails");
+        assert_eq!(error.to_string(), "start VM: jail: pivot root: no");
+        let error = spawn_script("echo oops >&2; exec 4>&-; sleep 0.1; exit 3").await.expect_err("fails").to_string();
+        assert!(error.contains("last words"), "{error}");
+        let error = spawn_script("echo nonsense >&4").await.expect_err("fails");
+        assert!(matches!(error, VmError::Report(_)));
+        let config = dummy();
+        let missing = Vm::spawn(Path::new("/nonexistent"), &config);
+        assert!(matches!(missing.await, Err(VmError::Spawn { .. })));
+    }
+
+    fn nowhere() -> Place {
+        Place { uid_base: 65536, cgroups: Vec::new(), network: Network::New }
+    }
+
+    fn dummy() -> VmConfig {
+        let sandbox = SandboxId::new("s1").expect("id");
+        let config = Origin { body: Some(String::new()), path: None }.load().expect("defaults");
+        let programs = Programs { vmm: "/v".into(), agent: "/a".into(), kernel: "/k".into() };
+        let dirs = Dirs::new(Path::new("/r"), Path::new("/d"), &sandbox, &sandbox);
+        let size = Size { vcpus: 1, memory_mib: 128, cgroup_bytes: 0 };
+        plan(&sandbox, size, &config, &programs, &dirs, nowhere())
+    }
+}
