@@ -2,7 +2,7 @@
 # Builds what the testbed boots: a tree of tools that run on the host, and the machine's kernel, initramfs and root
 # file system. Everything lands in the cache and nothing is installed. Source after lib/common.sh and lib/apt.sh.
 
-TOOL_PACKAGES=(qemu-system-x86 e2fsprogs erofs-utils busybox-static)
+TOOL_PACKAGES=(qemu-system-x86 containerd e2fsprogs erofs-utils busybox-static)
 ROOT_PACKAGES=(
     attr busybox ca-certificates containerd containernetworking-plugins crun e2fsprogs erofs-utils iproute2 iptables
     iputils-ping jq kmod mount nftables procps psmisc python3 runc socat strace util-linux-extra
