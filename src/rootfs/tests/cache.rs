@@ -14,7 +14,7 @@ use nacelle_rootfs::{Cache, CacheError, Layer, Limits, Lower, Mount, Outcome, Ro
 
 /// A cache, a scratch directory and some snapshots in one temporary directory.
 struct Shop {
-    workshop: tempfile::TempDir,
+    workshop: common::Workshop,
     cache: Cache,
 }
 

@@ -172,6 +172,17 @@ fn links_are_never_followed() {
     assert_eq!(scan(&workshop.path().join("link to layer"), &Limits::default()).unwrap().inodes.len(), 3);
 }
 
+/// A file whose bytes are in another layer would come out as zeros.
+#[test]
+fn metacopy_files_are_refused() {
+    let workshop = workshop();
+    let layer = dir(workshop.path().join("layer"));
+    File::create(layer.join("file")).unwrap().set_len(1000).unwrap();
+    set_xattr(&layer.join("file"), "trusted.overlay.metacopy", b"");
+    let error = scan(&layer, &Limits::default()).unwrap_err();
+    assert!(matches!(&error, LayerError::Metacopy(path) if path.ends_with("file")), "{error}");
+}
+
 #[test]
 fn mounts_inside_are_refused() {
     let workshop = workshop();

@@ -146,7 +146,7 @@ fn damaged_images_never_panic() {
     let mut dice = Dice(4711);
     let tree = random_tree(&mut dice, 60);
     let good = write(&tree);
-    for round in 0..3000 {
+    for round in 0..1500 {
         let mut bytes = good.clone();
         for _ in 0..1 + dice.roll(8) {
             // Mostly in the metadata, where it hurts.

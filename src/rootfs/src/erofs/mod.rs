@@ -2,9 +2,12 @@
 //!
 //! The writer and the reader share [`format`](mod@format) and nothing else, so that a mistake in one is seen by the other.
 
+mod check;
 mod chunks;
 mod directory;
 pub mod format;
 pub mod reader;
 mod sink;
+mod walk;
 pub mod writer;
+mod xattrs;

@@ -3,11 +3,11 @@
 //! Invariants: whatever the image says, reading ends with a value or a [`ReadError`], never a panic; no allocation is larger than
 //! the image itself or a fixed bound; directory loops end. It reads what [`super::writer`] writes and refuses every other feature.
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+pub use super::check::Totals;
 use super::format::{self, BLOCK, Dirent, InodeCore, Layout, SLOT, SUPER_OFFSET, SUPER_SIZE, SuperBlock};
 use crate::tree::{OPAQUE, Time, Xattr};
 
@@ -39,7 +39,7 @@ pub enum ReadError {
     NotFound(String),
 }
 
-type Result<T> = std::result::Result<T, ReadError>;
+pub(super) type Result<T> = std::result::Result<T, ReadError>;
 
 /// Bytes at offsets.
 pub trait ReadAt {
@@ -75,7 +75,7 @@ impl ReadAt for [u8] {
 /// An opened image.
 pub struct Image<'a, S: ?Sized> {
     source: &'a S,
-    size: u64,
+    pub(super) size: u64,
     super_block: SuperBlock,
 }
 
@@ -134,17 +134,6 @@ pub struct Entry {
     pub nid: u64,
     /// `EROFS_FT_*`.
     pub file_type: u8,
-}
-
-/// What [`Image::check`] counted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Totals {
-    /// Inodes reached from the root.
-    pub inodes: u64,
-    /// Names, `.` and `..` not counted.
-    pub names: u64,
-    /// Bytes of all regular files.
-    pub bytes: u64,
 }
 
 /// Longest symbolic link.
@@ -274,7 +263,7 @@ impl<'a, S: ReadAt + ?Sized> Image<'a, S> {
     }
 
     /// Where the byte at `offset` of the content lies (`None` in a hole), and how many bytes follow there, at least one.
-    fn locate(&self, inode: &Inode, offset: u64) -> Result<(Option<u64>, u64)> {
+    pub(super) fn locate(&self, inode: &Inode, offset: u64) -> Result<(Option<u64>, u64)> {
         let corrupt = |what| ReadError::Corrupt { nid: inode.nid, what };
         let behind = inode.xattrs_at(self.meta_start()) + inode.xattrs_len() as u64;
         let flat = || {
@@ -363,73 +352,6 @@ impl<'a, S: ReadAt + ?Sized> Image<'a, S> {
             inode = self.find(&inode, name)?.ok_or_else(missing)?;
         }
         Ok(inode)
-    }
-
-    /// Walks everything that the root leads to: structure, names, attributes, link counts, and that all data lies inside the image.
-    /// The file data itself has no checksum.
-    pub fn check(&self) -> Result<Totals> {
-        let mut totals = Totals::default();
-        let mut links: HashMap<u64, (u32, u32)> = HashMap::new(); // nid -> (promised, found)
-        let root = self.root()?;
-        let mut pending = vec![(root.nid, root.nid)];
-        links.insert(root.nid, (root.nlink, 0));
-        while let Some((nid, parent)) = pending.pop() {
-            let directory = self.inode(nid)?;
-            self.check_inode(&directory)?;
-            let entries = self.entries(&directory)?;
-            for (own, target) in [(b".".as_slice(), nid), (b"..", parent)] {
-                if !entries.iter().any(|e| e.name == own && e.nid == target) {
-                    return Err(ReadError::Corrupt { nid, what: "directory lacks . or .." });
-                }
-            }
-            for entry in entries {
-                let inode = self.inode(entry.nid)?;
-                let known =
-                    links.insert(entry.nid, (inode.nlink, links.get(&entry.nid).map_or(0, |l| l.1) + 1)).is_some();
-                if entry.name == b"." || entry.name == b".." {
-                    continue;
-                }
-                totals.names += 1;
-                if entry.file_type != format::file_type(inode.mode) {
-                    return Err(ReadError::Corrupt { nid: entry.nid, what: "name and inode differ in type" });
-                }
-                if known && inode.is_directory() {
-                    return Err(ReadError::Corrupt { nid: entry.nid, what: "directory has several names" });
-                }
-                if inode.is_directory() {
-                    pending.push((entry.nid, nid));
-                } else if !known {
-                    self.check_inode(&inode)?;
-                    if inode.mode & format::S_IFMT == format::S_IFREG {
-                        totals.bytes = totals.bytes.saturating_add(inode.size);
-                    }
-                }
-            }
-        }
-        totals.inodes = links.len() as u64;
-        match links.iter().find(|(_, (promised, found))| promised != found) {
-            Some((&nid, _)) => Err(ReadError::Corrupt { nid, what: "wrong link count" }),
-            None => Ok(totals),
-        }
-    }
-
-    fn check_inode(&self, inode: &Inode) -> Result<()> {
-        self.xattrs(inode)?;
-        match inode.mode & format::S_IFMT {
-            format::S_IFLNK => self.link_target(inode).map(drop),
-            format::S_IFREG => {
-                let mut offset = 0;
-                while offset < inode.size {
-                    let (at, run) = self.locate(inode, offset)?;
-                    if at.is_some_and(|at| at.checked_add(run).is_none_or(|end| end > self.size)) {
-                        return Err(ReadError::Corrupt { nid: inode.nid, what: "data lies outside the image" });
-                    }
-                    offset += run;
-                }
-                Ok(())
-            }
-            _ => Ok(()),
-        }
     }
 
     fn meta_start(&self) -> u64 {

@@ -11,7 +11,6 @@
 //! - Children of a directory lie together, after it: `ls -l` and a path walk touch few blocks.
 //! - Sparse files are chunk-based, with the chunk size that makes map and data smallest together.
 
-use std::collections::HashMap;
 use std::io::{self, Write};
 use std::ops::Range;
 
@@ -21,7 +20,9 @@ use super::chunks::{self, blocks};
 use super::directory::Directory;
 use super::format::{self, BLOCK, InodeCore, Layout, SLOT, SuperBlock};
 use super::sink::{CopyError, Sink};
-use crate::tree::{Data, Inode, InodeId, Node, Opener, Time, Tree};
+use super::walk::{Walk, common_time};
+use super::xattrs;
+use crate::tree::{Data, InodeId, Node, Opener, Time, Tree};
 
 /// Changes whenever the same tree would give other bytes, so that no cache hands out an image of an older kind.
 pub const VERSION: u32 = 1;
@@ -141,7 +142,7 @@ impl<'a> Plan<'a> {
         let core = InodeCore {
             extended: wide || inode.mtime != self.time,
             layout,
-            xattr_count: xattr_count(inode).ok_or_else(|| WriteError::XattrsTooLarge(self.tree.path_of(id)))?,
+            xattr_count: xattrs::count(inode).ok_or_else(|| WriteError::XattrsTooLarge(self.tree.path_of(id)))?,
             mode: kind | inode.permissions,
             nlink,
             size,
@@ -165,7 +166,7 @@ impl<'a> Plan<'a> {
         let mut at = FIRST_NID * SLOT;
         for (serial, &id) in (1..).zip(&self.order) {
             let placed = &mut self.placed[id];
-            let head = (placed.core.core_size() + xattr_bytes(placed.core.xattr_count)) as u64;
+            let head = (placed.core.core_size() + xattrs::area(placed.core.xattr_count)) as u64;
             at = at.next_multiple_of(SLOT);
             let room = BLOCK - (at + head) % BLOCK;
             if placed.inline > room {
@@ -288,7 +289,7 @@ impl<'a> Plan<'a> {
             head.clear();
             let inode = &self.tree.inodes[id];
             self.placed[id].core.encode(&mut head);
-            encode_xattrs(inode, &mut head);
+            xattrs::encode(inode, &mut head);
             match &inode.node {
                 Node::Directory(entries) => entries.iter().for_each(|e| head.extend(&e.name)),
                 Node::Symlink(target) => head.extend(target),
@@ -307,7 +308,7 @@ impl<'a> Plan<'a> {
         let placed = &self.placed[id];
         let mut head = Vec::new();
         placed.core.encode(&mut head);
-        encode_xattrs(&self.tree.inodes[id], &mut head);
+        xattrs::encode(&self.tree.inodes[id], &mut head);
         let mut block = placed.first_block;
         for chunk in self.chunks(id) {
             head.extend(chunk.as_ref().map_or(format::NULL_ADDR, |_| block).to_le_bytes());
@@ -355,83 +356,5 @@ impl<'a> Plan<'a> {
             }
             _ => Ok(()),
         }
-    }
-}
-
-/// The order of the metadata area and what only a walk over the names can tell.
-struct Walk {
-    order: Vec<InodeId>,
-    parents: Vec<InodeId>,
-    links: Vec<u32>,
-}
-
-impl Walk {
-    fn new(tree: &Tree) -> Walk {
-        let count = tree.inodes.len();
-        let mut walk = Walk { order: vec![Tree::ROOT], parents: vec![Tree::ROOT; count], links: vec![0; count] };
-        walk.links[Tree::ROOT] = 2;
-        let mut pending = vec![Tree::ROOT];
-        while let Some(dir) = pending.pop() {
-            let Node::Directory(entries) = &tree.inodes[dir].node else { continue };
-            let first_child = pending.len();
-            for entry in entries {
-                if walk.links[entry.inode] == 0 {
-                    walk.order.push(entry.inode);
-                }
-                walk.links[entry.inode] += 1;
-                if let Node::Directory(_) = tree.inodes[entry.inode].node {
-                    walk.links[entry.inode] += 1; // its own "."
-                    walk.links[dir] += 1; // its ".."
-                    walk.parents[entry.inode] = dir;
-                    pending.push(entry.inode);
-                }
-            }
-            pending[first_child..].reverse();
-        }
-        walk
-    }
-}
-
-/// The modification time that most inodes have, the earliest of several.
-fn common_time(tree: &Tree) -> Time {
-    let mut counts = HashMap::new();
-    tree.inodes.iter().for_each(|inode| *counts.entry(inode.mtime).or_insert(0u64) += 1);
-    let best = counts.into_iter().max_by_key(|&(time, count)| (count, std::cmp::Reverse(time)));
-    best.map_or_else(Time::default, |(time, _)| time)
-}
-
-/// The inode's 16-bit measure of its xattrs; `None` when they are too many.
-fn xattr_count(inode: &Inode) -> Option<u16> {
-    if inode.xattrs.is_empty() {
-        return Some(0);
-    }
-    let entry = |name: &[u8], value: &[u8]| {
-        let (_, rest) = format::split_xattr_name(name)?;
-        u16::try_from(value.len()).ok()?;
-        Some((format::XATTR_ENTRY_SIZE + rest.len() + value.len()).div_ceil(4))
-    };
-    let words = inode.xattrs.iter().map(|x| entry(&x.name, &x.value)).sum::<Option<usize>>()?;
-    u16::try_from(1 + words).ok()
-}
-
-fn xattr_bytes(count: u16) -> usize {
-    match count {
-        0 => 0,
-        n => format::XATTR_HEADER_SIZE + 4 * (usize::from(n) - 1),
-    }
-}
-
-fn encode_xattrs(inode: &Inode, out: &mut Vec<u8>) {
-    if inode.xattrs.is_empty() {
-        return;
-    }
-    out.extend([0; format::XATTR_HEADER_SIZE]); // no filter, no shared xattrs
-    for xattr in &inode.xattrs {
-        let Some((index, rest)) = format::split_xattr_name(&xattr.name) else { continue };
-        out.extend([rest.len() as u8, index]);
-        out.extend((xattr.value.len() as u16).to_le_bytes());
-        out.extend(rest);
-        out.extend(&*xattr.value);
-        out.resize(out.len().next_multiple_of(4), 0);
     }
 }

@@ -18,12 +18,33 @@ use nix::sched::{CloneFlags, unshare};
 use tempfile::TempDir;
 
 /// A directory of its own, in a mount namespace of its own: whatever the test mounts is gone when its thread ends, however it ends.
-pub fn workshop() -> TempDir {
+pub struct Workshop(TempDir);
+
+/// Opens a workshop.
+pub fn workshop() -> Workshop {
     assert!(nix::unistd::geteuid().is_root(), "these tests mount file systems and create devices: run them as root");
     unshare(CloneFlags::CLONE_NEWNS).expect("unshare the mount namespace");
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
         .expect("make mounts private");
-    tempfile::Builder::new().prefix("nacelle-rootfs-").tempdir().expect("create a temporary directory")
+    Workshop(tempfile::Builder::new().prefix("nacelle-rootfs-").tempdir().expect("create a temporary directory"))
+}
+
+impl Workshop {
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Workshop {
+    /// Takes the mounts away, so that the directory below can be removed.
+    fn drop(&mut self) {
+        let mounts = fs::read_to_string("/proc/thread-self/mounts").unwrap_or_default();
+        let targets: Vec<_> = mounts.lines().filter_map(|line| line.split(' ').nth(1)).map(Path::new).collect();
+        for target in targets.into_iter().rev().filter(|t| t.starts_with(self.path())) {
+            let _ = nix::mount::umount2(target, nix::mount::MntFlags::MNT_DETACH);
+        }
+    }
 }
 
 /// Creates and returns a directory.

@@ -14,19 +14,23 @@
 //!
 //! Sockets are skipped: without the process behind them they are nothing.
 
-use std::collections::{BTreeMap, HashMap};
+mod extents;
+mod xattrs;
+
+use std::collections::HashMap;
 use std::io;
-use std::ops::Range;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, SeekFrom, Statx, StatxAttributes, StatxFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, Statx, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 
 use crate::Limits;
-use crate::erofs::format::{NAME_MAX, split_xattr_name};
-use crate::tree::{Data, Entry, Inode, InodeId, Location, Node, SourceDir, Time, Tree, Xattr, open_file};
+use crate::erofs::format::NAME_MAX;
+use crate::tree::{Data, Entry, Inode, InodeId, Location, Node, SourceDir, Time, Tree, Xattr};
+use extents::extents;
+use xattrs::{Origin, Refusal, take_whiteout_mark};
 
 /// Why a snapshot directory was refused or could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +80,9 @@ pub enum LayerError {
     /// [`Limits::xattrs`] is exceeded, or one value is larger than an EROFS image can hold (65,535 bytes).
     #[error("read layer: extended attributes of {0} are too large")]
     XattrsTooLarge(PathBuf),
+    /// A file's data lies in another layer (overlayfs's metacopy), so this layer alone cannot be converted.
+    #[error("read layer: {0} has its data in another layer")]
+    Metacopy(PathBuf),
     /// A whiteout marker names nothing, the directory itself or its parent.
     #[error("read layer: whiteout marker {0} names no file")]
     BadMarker(PathBuf),
@@ -109,7 +116,7 @@ struct Scan<'a> {
     entries: usize,
     bytes: u64,
     extents_left: usize,
-    values: Vec<u8>,
+    xattrs: xattrs::Reader,
 }
 
 struct Pending {
@@ -137,7 +144,7 @@ impl<'a> Scan<'a> {
             entries: 0,
             bytes: 0,
             extents_left: ALL_EXTENTS,
-            values: vec![0; 64 << 10], // the kernel's largest value and largest list
+            xattrs: xattrs::Reader::new(limits.xattrs),
         }
     }
 
@@ -165,7 +172,7 @@ impl<'a> Scan<'a> {
         if self.entries > self.limits.entries {
             return Err(LayerError::TooManyEntries { path: self.path.into(), limit: self.limits.entries });
         }
-        let xattrs = self.xattrs(&dir, b"", &Xattrs::Open(&fd))?;
+        let xattrs = self.xattrs(&dir, b"", &Origin::Directory(&fd))?;
         let mut markers = self.take_markers(&dir, &mut names)?;
         let this = &mut self.tree.inodes[at.inode];
         markers.opaque |= this.is_opaque(); // a marker beside it said so
@@ -273,7 +280,7 @@ impl<'a> Scan<'a> {
             }
             self.pending.push(Pending { inode: id, path, depth: depth + 1 });
         } else {
-            inode.xattrs = self.xattrs(dir, name, &Xattrs::Named(fd, name))?;
+            inode.xattrs = self.xattrs(dir, name, &Origin::Entry(fd, name))?;
             if take_whiteout_mark(&mut inode) {
                 inode = Inode::whiteout();
             }
@@ -285,52 +292,15 @@ impl<'a> Scan<'a> {
         Ok(Some(id))
     }
 
-    /// Attributes of one inode, sorted, those of overlayfs translated. What EROFS has no place for (`btrfs.*`, `system.*` but the
-    /// ACLs) belongs to the file system that the layer happens to lie on, and is left there.
-    fn xattrs(&mut self, dir: &SourceDir, name: &[u8], from: &Xattrs) -> Result<Vec<Xattr>, LayerError> {
-        let mut values = std::mem::take(&mut self.values);
-        let result = self.read_xattrs(dir, name, from, &mut values);
-        self.values = values;
-        result
-    }
-
-    fn read_xattrs(
-        &self,
-        dir: &SourceDir,
-        name: &[u8],
-        from: &Xattrs,
-        buffer: &mut [u8],
-    ) -> Result<Vec<Xattr>, LayerError> {
-        let failed = |e: Errno| match e {
-            Errno::RANGE => LayerError::XattrsTooLarge(self.full(dir, name)),
-            e => LayerError::Read { what: "read extended attributes of", path: self.full(dir, name), source: e.into() },
-        };
-        let len = match from.list(buffer) {
-            Ok(0) | Err(Errno::NOTSUP) => return Ok(Vec::new()),
-            Ok(len) => len,
-            Err(e) => return Err(failed(e)),
-        };
-        let names = buffer[..len].to_vec();
-        let mut total = 0;
-        let mut xattrs = BTreeMap::new();
-        for attr in names.split(|&b| b == 0).filter(|n| !n.is_empty()) {
-            let Some(kept) = translate(attr) else { continue };
-            let len = match from.get(attr, buffer) {
-                Ok(len) => len,
-                Err(Errno::NODATA) => continue, // removed meanwhile
-                Err(e) => return Err(failed(e)),
-            };
-            total += attr.len() + len;
-            if total > self.limits.xattrs || len > usize::from(u16::MAX) {
-                return Err(failed(Errno::RANGE));
+    fn xattrs(&mut self, dir: &SourceDir, name: &[u8], origin: &Origin) -> Result<Vec<Xattr>, LayerError> {
+        self.xattrs.read(origin).map_err(|refusal| {
+            let path = self.full(dir, name);
+            match refusal {
+                Refusal::TooLarge => LayerError::XattrsTooLarge(path),
+                Refusal::Metacopy => LayerError::Metacopy(path),
+                Refusal::Failed(e) => LayerError::Read { what: "read extended attributes of", path, source: e.into() },
             }
-            // "x" says that whiteouts are files with an attribute, not that the directory is opaque; they are translated too.
-            if kept == crate::tree::OPAQUE && &buffer[..len] != b"y" {
-                continue;
-            }
-            xattrs.insert(kept, Box::from(&buffer[..len]));
-        }
-        Ok(xattrs.into_iter().map(|(name, value)| Xattr { name: name.into(), value }).collect())
+        })
     }
 
     fn full(&self, dir: &SourceDir, name: &[u8]) -> PathBuf {
@@ -338,54 +308,6 @@ impl<'a> Scan<'a> {
         let below = join(&dir.path, name);
         self.path.join(std::ffi::OsStr::from_bytes(&below))
     }
-}
-
-/// Where an inode's attributes are read: an open directory, or a name in one.
-enum Xattrs<'a> {
-    Open(&'a OwnedFd),
-    Named(&'a OwnedFd, &'a [u8]),
-}
-
-impl Xattrs<'_> {
-    fn list(&self, buffer: &mut [u8]) -> rustix::io::Result<usize> {
-        match self {
-            Xattrs::Open(fd) => rustix::fs::flistxattr(fd, buffer),
-            Xattrs::Named(dir, name) => rustix::fs::llistxattr(proc_path(dir, name), buffer),
-        }
-    }
-
-    fn get(&self, attr: &[u8], buffer: &mut [u8]) -> rustix::io::Result<usize> {
-        match self {
-            Xattrs::Open(fd) => rustix::fs::fgetxattr(fd, attr, buffer),
-            Xattrs::Named(dir, name) => rustix::fs::lgetxattr(proc_path(dir, name), attr, buffer),
-        }
-    }
-}
-
-/// Attributes have no descriptor-relative system calls before Linux 6.13; the descriptor's link in procfs comes to the same.
-fn proc_path(dir: &OwnedFd, name: &[u8]) -> Vec<u8> {
-    let mut path = format!("/proc/self/fd/{}/", dir.as_raw_fd()).into_bytes();
-    path.extend(name);
-    path
-}
-
-/// The name under which an attribute goes into the tree; `None` when it stays out.
-fn translate(attr: &[u8]) -> Option<Vec<u8>> {
-    let overlay = attr.strip_prefix(b"trusted.overlay.").or_else(|| attr.strip_prefix(b"user.overlay."));
-    match overlay {
-        // Books about the host's upper layer: file handles of host inodes, link counts, "somebody was copied up here".
-        Some(b"origin" | b"impure" | b"nlink" | b"upper" | b"uuid" | b"protattr") => None,
-        Some(b"opaque" | b"redirect" | b"metacopy" | b"whiteout") => Some([b"trusted.overlay.", overlay?].concat()),
-        // Doubly prefixed names belong to an overlay inside the container and are data here.
-        _ => split_xattr_name(attr).map(|_| attr.to_vec()),
-    }
-}
-
-/// True for an empty file with the whiteout attribute, overlayfs's other form of a whiteout.
-fn take_whiteout_mark(inode: &mut Inode) -> bool {
-    let before = inode.xattrs.len();
-    inode.xattrs.retain(|x| &*x.name != b"trusted.overlay.whiteout");
-    before != inode.xattrs.len() && matches!(inode.node, Node::File { size: 0, .. })
 }
 
 fn inode(stat: &Statx, node: Node) -> Inode {
@@ -417,50 +339,6 @@ fn list(dir: &OwnedFd) -> rustix::io::Result<Vec<Box<[u8]>>> {
         }
     }
     Ok(names)
-}
-
-/// The parts of a file that hold data; `None` when it looks dense. More than `max` parts are merged into fewer, larger ones.
-fn extents(dir: &OwnedFd, name: &[u8], stat: &Statx, max: usize) -> rustix::io::Result<Option<Vec<Range<u64>>>> {
-    const COARSEST: u64 = 1 << 40;
-    if stat.stx_blocks * 512 >= stat.stx_size {
-        return Ok(None);
-    }
-    let file = open_file(dir, name).map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO))?;
-    let mut extents: Vec<Range<u64>> = Vec::new();
-    let mut granule = 4096;
-    let mut at = 0;
-    while at < stat.stx_size {
-        let start = match rustix::fs::seek(&file, SeekFrom::Data(at)) {
-            Ok(start) => start,
-            Err(Errno::NXIO) => break,
-            Err(Errno::INVAL) => return Ok(None), // no notion of holes here
-            Err(e) => return Err(e),
-        };
-        at = rustix::fs::seek(&file, SeekFrom::Hole(start))?;
-        push_extent(&mut extents, start, at, granule);
-        while extents.len() > max {
-            if granule == COARSEST {
-                return Ok(None);
-            }
-            granule *= 16;
-            for extent in std::mem::take(&mut extents) {
-                push_extent(&mut extents, extent.start, extent.end, granule);
-            }
-        }
-    }
-    if let Some(last) = extents.last_mut() {
-        last.end = last.end.min(stat.stx_size);
-    }
-    let dense = extents.len() == 1 && extents[0] == (0..stat.stx_size);
-    Ok((!dense).then_some(extents))
-}
-
-fn push_extent(extents: &mut Vec<Range<u64>>, start: u64, end: u64, granule: u64) {
-    let (start, end) = (start / granule * granule, end.next_multiple_of(granule));
-    match extents.last_mut() {
-        Some(last) if last.end >= start => last.end = last.end.max(end),
-        _ => extents.push(start..end),
-    }
 }
 
 fn join(dir: &[u8], name: &[u8]) -> Vec<u8> {
