@@ -219,6 +219,8 @@ pub struct Sandbox {
     vm: Vm,
     containers: BTreeMap<ContainerId, Container>,
     in_flight: HashMap<Token, Request>,
+    /// How the VM took with it what ran in it.
+    lost: Option<Exit>,
 }
 
 impl Process {
@@ -235,7 +237,7 @@ impl Process {
 impl Sandbox {
     /// A sandbox without a VM.
     pub fn new() -> Self {
-        Self { vm: Vm::Cold, containers: BTreeMap::new(), in_flight: HashMap::new() }
+        Self { vm: Vm::Cold, containers: BTreeMap::new(), in_flight: HashMap::new(), lost: None }
     }
 
     /// What can be seen of a process; `None` where there is none, or not yet.
@@ -283,9 +285,10 @@ impl Sandbox {
             },
             Event::VmGone(at_ns) => {
                 self.vm = Vm::Gone;
+                let exit = *self.lost.get_or_insert(Exit { status: KILLED, at_ns });
                 let ids: Vec<_> = self.containers.keys().cloned().collect();
                 for id in ids {
-                    self.lose(&id, Exit { status: KILLED, at_ns }, true, &mut out);
+                    self.lose(&id, exit, true, &mut out);
                 }
             }
             Event::Overdue(id) => {
@@ -332,11 +335,10 @@ impl Sandbox {
                 if key.exec.is_some() {
                     self.running(&key.container)?;
                 }
-                if self.vm != Vm::Up {
-                    return Err(Refusal::VmGone);
-                }
+                let up = self.vm == Vm::Up;
                 let process = self.visible(key)?;
                 match process.phase {
+                    Phase::Created if !up => return Err(Refusal::VmGone),
                     Phase::Created if process.exit.is_none() && process.delete.is_none() => {
                         process.phase = Phase::Starting;
                     }
@@ -462,6 +464,8 @@ impl Sandbox {
                 if let Some(container) = self.containers.get_mut(id) {
                     container.init.phase = Phase::Created;
                     container.init.pid = pid;
+                    // The VM may have gone since it said that it was done.
+                    container.init.exit = container.init.exit.or(self.lost);
                 }
                 out.push(Action::Publish(Notice::Create { container: id.clone(), pid }));
                 self.settle(id, out);

@@ -176,8 +176,8 @@ impl Observer {
     fn see(&mut self, actions: Vec<Action>) {
         for action in actions {
             match action {
-                Action::Perform(token) | Action::PerformStopped(token) => self.performing.push(token),
-                Action::Answer(token, _) | Action::Leave(token) => {
+                Action::Perform(token) => self.performing.push(token),
+                Action::PerformStopped(token) | Action::Answer(token, _) | Action::Leave(token) => {
                     assert!(self.asked.contains(&token) && self.answered.insert(token), "answered twice: {token}");
                 }
                 Action::Publish(notice) => self.hear(notice),
