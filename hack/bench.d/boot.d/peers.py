@@ -1,0 +1,114 @@
+"""Who is measured: what each needs to start a machine, a container, a second one, and to end them."""
+
+import glob
+import json
+import os
+import subprocess
+
+from stopwatch import NS_PER_MI, Failed, Run
+
+IMAGE = "nacelle.test/busybox:latest"
+ECHO, SAID = ["/bin/echo", "hello"], "hello"
+
+
+class Bare:
+    """libkrun alone."""
+
+    def __init__(self, payload, vcpus=1, memory_mib=128):
+        kernel = "/usr/local/share/nacelle/vmlinux"
+        self.argv = [f"{payload}/bare_libkrun", kernel, f"{payload}/hello", str(vcpus), str(memory_mib)]
+
+    def boot(self):
+        """Mi from spawn to main, to krun_start_enter, to the first byte, to the end; each from the one before."""
+        return [int(ns) / NS_PER_MI for ns in Run(self.argv).output.split()]
+
+
+class Containerd:
+    """A runtime through containerd and ctr."""
+
+    def __init__(self, runtime, config=None):
+        self.options = ["--runtime", runtime]
+        if config:
+            self.options += ["--runtime-config-path", config]
+        self.count = 0
+
+    def name(self):
+        self.count += 1
+        return f"c{self.count}"
+
+    def run(self, command=ECHO, want=SAID, options=(), name=None):
+        return Run(["ctr", "run", "--rm", *self.options, *options, IMAGE, name or self.name(), *command], want=want)
+
+    def pod(self, name):
+        """Starts a pod with one container that waits."""
+        kind = ["--annotation", "io.kubernetes.cri.container-type=sandbox"]
+        kind += ["--annotation", f"io.kubernetes.cri.sandbox-id={name}"]
+        return Run(["ctr", "run", "--detach", *self.options, *kind, IMAGE, name, "/bin/sleep", "10000"], want="")
+
+    def second(self, pod):
+        """One more container in the pod, to its first byte and its end."""
+        kind = ["--annotation", "io.kubernetes.cri.container-type=container"]
+        return self.run(options=[*kind, "--annotation", f"io.kubernetes.cri.sandbox-id={pod}"])
+
+    def exec(self, pod):
+        return Run(["ctr", "task", "exec", "--exec-id", self.name(), pod, *ECHO], want=SAID)
+
+    def end(self, pod):
+        """Kill, and everything is gone."""
+        ended = Run(["ctr", "task", "delete", "--force", pod])
+        Run(["ctr", "container", "delete", pod])
+        return ended
+
+
+class Nacelle(Containerd):
+    def __init__(self, vcpus=1, memory_mib=128, key=""):
+        config = f"/run/bench-{vcpus}-{memory_mib}{key}.toml"
+        with open(config, "w") as file:
+            file.write(f"[vm]\nvcpus = {vcpus}\nmemory_mib = {memory_mib}\n")
+        super().__init__("io.containerd.nacelle.v2", config)
+
+    @staticmethod
+    def phases():
+        """Phase → (begin after the create request, duration) in Mi, of the one sandbox that runs."""
+        (path,) = glob.glob("/run/nacelle/default/*/status.json")
+        with open(path) as file:
+            phases = json.load(file)["phases"]
+        return {phase["name"]: (phase["at_us"] / 1000, phase["took_us"] / 1000) for phase in phases}
+
+
+class Microsandbox:
+    """msb with the least it can be asked for: one CPU, 128 MiB, no network."""
+
+    SIZE = ["--quiet", "--pull", "never", "--cpus", "1", "--memory", "128M", "--no-net"]
+
+    def __init__(self, payload):
+        home = "/var/lib/microsandbox"
+        os.makedirs(home)
+        self.msb = f"{payload}/microsandbox/bin/msb"
+        self.env = {**os.environ, "HOME": home}
+        self.call("load", "--input", f"{payload}/busybox.tar", "--tag", IMAGE)
+        # The same files as a plain directory, which it serves by virtiofs.
+        self.rootfs = "/var/lib/bench-rootfs"
+        os.makedirs(self.rootfs)
+        mount = subprocess.run(["ctr", "image", "mount", IMAGE, "/mnt"], capture_output=True, text=True)
+        if mount.returncode:
+            raise Failed(mount.stderr)
+        subprocess.run(["cp", "-a", "/mnt/.", self.rootfs], check=True)
+        subprocess.run(["ctr", "image", "unmount", "/mnt"], check=True, capture_output=True)
+
+    def call(self, *words, want=None):
+        return Run([self.msb, *words], env=self.env, want=want)
+
+    def run(self, image):
+        return self.call("run", *self.SIZE, image, "--", *ECHO, want=SAID)
+
+    def create(self, name, image):
+        return self.call("create", "--name", name, *self.SIZE, image)
+
+    def exec(self, name):
+        return self.call("exec", name, "--", *ECHO, want=SAID)
+
+    def end(self, name):
+        stopped = self.call("stop", "--force", name)
+        self.call("remove", name)
+        return stopped

@@ -1,0 +1,62 @@
+"""Times programs, in million instructions: under icount a millisecond of CLOCK_MONOTONIC is a million instructions."""
+
+import os
+import re
+import subprocess
+import time
+
+NS_PER_MI = 1_000_000
+TRACING = "/sys/kernel/debug/tracing/"
+
+
+class Failed(Exception):
+    """A program did not do what it was started for; there is nothing to measure then."""
+
+
+class Run:
+    """A program from its start (`started`, ns) to the first byte of its output (`first`) and to its end (`total`)."""
+
+    def __init__(self, argv, env=None, want=None, deadline_s=120):
+        errors = os.memfd_create("stderr")
+        self.started = time.monotonic_ns()
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=env)
+        output = os.read(process.stdout.fileno(), 1 << 16)
+        first = time.monotonic_ns()
+        output += process.stdout.read()
+        code = process.wait(deadline_s)
+        end = time.monotonic_ns()
+        self.first = (first - self.started) / NS_PER_MI
+        self.total = (end - self.started) / NS_PER_MI
+        self.output = output.decode(errors="replace")
+        os.lseek(errors, 0, os.SEEK_SET)
+        said = os.read(errors, 1 << 16).decode(errors="replace")
+        os.close(errors)
+        if code != 0 or (want is not None and self.output.strip() != want):
+            raise Failed(f"{' '.join(argv)}: exit code {code}, {self.output!r}, {said!r}")
+
+
+class Trace:
+    """What was executed meanwhile: the kernel's sched_process_exec events. One costs a few thousand instructions."""
+
+    EVENT = re.compile(r"-(\d+) .* (\d+)\.(\d{6}): sched_process_exec: filename=(\S+) ")
+
+    def __enter__(self):
+        self.write("trace_clock", "mono")
+        self.write("trace", "")
+        self.write("events/sched/sched_process_exec/enable", "1")
+        return self
+
+    def __exit__(self, *_):
+        self.write("events/sched/sched_process_exec/enable", "0")
+        with open(TRACING + "trace") as trace:
+            found = self.EVENT.findall(trace.read())
+        self.steps = [(int(s) * 10**9 + int(us) * 1000, os.path.basename(path), int(pid)) for pid, s, us, path in found]
+
+    def since(self, origin_ns):
+        """(Mi after `origin_ns`, program, process id) of each."""
+        return [((at - origin_ns) / NS_PER_MI, program, pid) for at, program, pid in self.steps]
+
+    @staticmethod
+    def write(name, text):
+        with open(TRACING + name, "w") as file:
+            file.write(text)
