@@ -87,6 +87,15 @@ fn a_start_by_hand_is_explained() {
 }
 
 #[test]
+fn volumes_are_described_in_three_words() {
+    for arguments in [&["bind"][..], &["bind", "x"], &["bind", "1", "/a"], &["bind", "1", "/a", "/b", "rx"]] {
+        let output = vmm().args(arguments).output().expect("run");
+        assert_eq!((output.status.code(), output.stdout.len()), (Some(2), 0), "{arguments:?}");
+    }
+    assert!(vmm().args(["bind", "1"]).status().expect("run").success(), "no volumes are no work");
+}
+
+#[test]
 fn a_bad_configuration_is_refused() {
     let dir = tempfile::tempdir().expect("directory");
     let (stage, _, message) = failure(b"{");
