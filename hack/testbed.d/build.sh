@@ -43,7 +43,7 @@ build_image() {
     local out=$1 tools=$2 tree=$1/tree version
     log "building the machine (a few minutes)"
     mkdir -p "$out"
-    apt_ensure xz-utils
+    apt_ensure binutils xz-utils
     suite_tree trixie essential "$tree" "${ROOT_PACKAGES[@]}"
     # The newer containerd beside the one of the suite; both packages are Go programs that need no more than libc.
     suite_unpack sid "$out/sid" containerd runc
@@ -62,7 +62,8 @@ build_image() {
 }
 
 # build_kernel OUT TREE: the kernel in OUT, its modules in TREE; unpacked by hand, as nothing else of the package is
-# wanted, and not compressed, as emulated processors take their time to unpack them.
+# wanted. The modules lose their compression, type information and signatures, all of which cost an emulated processor
+# more to look at than the module is worth.
 build_kernel() {
     local out=$1 tree=$2 config package
     config=$(private_apt trixie)
@@ -73,6 +74,7 @@ build_kernel() {
     mv "$out"/kernel/usr/lib/modules/* "$tree/usr/lib/modules/"
     rm -r "$out/kernel"
     find "$tree/usr/lib/modules" -name '*.ko.xz' -exec xz -d {} +
+    find "$tree/usr/lib/modules" -name '*.ko' -exec objcopy --strip-debug -R .BTF {} \;
     chroot "$tree" depmod "$(basename "$tree"/usr/lib/modules/*)"
 }
 
