@@ -62,7 +62,7 @@ fn list(cache: &Cache, json: bool, out: &mut impl io::Write) -> anyhow::Result<b
         let rows: Vec<_> = layers
             .iter()
             .map(|l| {
-                json!({ "key": l.key, "size": l.size, "in_use": l.in_use, "source": l.source, "digest": l.digest,
+                json!({ "key": l.key, "size": l.size, "in_use": l.in_use, "source": l.source,
                         "idle_seconds": idle(l.last_used) })
             })
             .collect();
