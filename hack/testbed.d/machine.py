@@ -73,20 +73,20 @@ def die_with_parent():
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def follow(streams, machine, deadline):
-    """The exit code, once every stream has ended, or the reason why there is none."""
+def follow(streams, deadline):
+    """The exit code, once every stream has ended. None when there is none, TimeoutError when it takes too long."""
     selector = selectors.DefaultSelector()
     for stream in streams:
         selector.register(stream.here, selectors.EVENT_READ, stream)
     while selector.get_map():
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left <= 0:
-            return TIMEOUT
+            raise TimeoutError
         for key, _ in selector.select(left):
             if not key.data.read():
                 selector.unregister(key.fileobj)
     codes = {stream.code for stream in streams}
-    return NO_ANSWER if None in codes else codes.pop()
+    return None if None in codes else codes.pop()
 
 
 def run(options, unpack):
@@ -110,14 +110,18 @@ def run(options, unpack):
         for stream in streams:
             stream.there.close()
         try:
-            code = follow(streams, machine, deadline)
+            code = follow(streams, deadline)
+        except TimeoutError:
+            complain(f"no end after {options.timeout:g} s", options.console)
+            code = TIMEOUT
         finally:
             machine.kill()
             machine.wait()
-    if code == TIMEOUT and None in {stream.code for stream in streams}:
-        complain(f"no end after {options.timeout} s", options.console)
-    elif code == NO_ANSWER and None in {stream.code for stream in streams}:
+    if code is None:
         complain("the machine ended without an answer", options.console)
+        code = NO_ANSWER
+    if unpack and streams[-1].code is None:
+        unpack.kill()
     return code
 
 
@@ -152,7 +156,7 @@ def main():
         code = run(options, unpack)
         if unpack:
             unpack.stdin.close()
-            if unpack.wait() != 0 and code == 0:
+            if unpack.wait() > 0 and code == 0:
                 code = NO_ANSWER
         sys.exit(code)
     except KeyboardInterrupt:
