@@ -116,7 +116,7 @@ impl Default for VmTable {
             vcpus: 1,
             memory_mib: 512,
             overhead_mib: 128,
-            boot_timeout_seconds: 30,
+            boot_timeout_seconds: 60,
             kernel_args: Vec::new(),
         }
     }

@@ -390,7 +390,16 @@ impl Driver {
             Call::Exec(request) => {
                 self.spawn(token, async { Ok(Output::ExecAdded(perform::exec(env, pod, key, request).await?)) });
             }
-            Call::Start => self.spawn(token, async { Ok(Output::Pid(perform::start(pod, key, local).await?)) }),
+            Call::Start => {
+                let opened = match self.streams.get_mut(&key).and_then(|s| s.io.as_mut()) {
+                    Some(io) => io.open_stdin(),
+                    None => Ok(()),
+                };
+                self.spawn(token, async {
+                    opened?;
+                    Ok(Output::Pid(perform::start(pod, key, local).await?))
+                });
+            }
             Call::Delete => self.delete(token, key, Some(pod), local),
             Call::Kill { signal, all } => self.spawn(token, async move {
                 pod.guest.kill(&key, signal, all).await?;

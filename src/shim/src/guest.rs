@@ -118,6 +118,16 @@ fn check<T>(what: &'static str, result: ttrpc::Result<T>) -> Result<T, GuestErro
     })
 }
 
+/// For what the shim knows to exist: not found is then something else, such as the program, and no news about the task.
+fn check_known<T>(what: &'static str, result: ttrpc::Result<T>) -> Result<T, GuestError> {
+    check(what, result).map_err(|error| match error {
+        GuestError::Refused { code: Code::NOT_FOUND, what, message } => {
+            GuestError::Refused { code: Code::UNKNOWN, what, message }
+        }
+        other => other,
+    })
+}
+
 fn soon() -> Context {
     with_duration(DEADLINE)
 }
@@ -196,7 +206,7 @@ impl Guest {
             options: MessageField::some(options),
             ..Default::default()
         };
-        some_pid(what, check(what, self.task.create(soon(), &request).await)?.pid)
+        some_pid(what, check_known(what, self.task.create(soon(), &request).await)?.pid)
     }
 
     /// Registers an exec.
@@ -215,7 +225,7 @@ impl Guest {
             spec: MessageField::some(Any { type_url, value: process, ..Any::default() }),
             ..Default::default()
         };
-        check("add exec", self.task.exec(soon(), &request).await).map(drop)
+        check_known("add exec", self.task.exec(soon(), &request).await).map(drop)
     }
 
     /// Starts a process; returns the guest's process id.
@@ -225,7 +235,7 @@ impl Guest {
     pub async fn start(&self, key: &ProcessKey) -> Result<u32, GuestError> {
         let what = "start process";
         let request = api::StartRequest { id: key.container.to_string(), exec_id: exec_id(key), ..Default::default() };
-        some_pid(what, check(what, self.task.start(soon(), &request).await)?.pid)
+        some_pid(what, check_known(what, self.task.start(soon(), &request).await)?.pid)
     }
 
     /// Sends a signal.

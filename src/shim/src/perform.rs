@@ -91,8 +91,8 @@ pub async fn create_first(
     let size = vm::size(&bundle, &config, cpus);
 
     let data_dir = config.data_dir.clone();
-    let claim_env = env.clone();
-    let mut host = blocking("prepare pod", move || Host::claim(&claim_env, config)).await?;
+    let (claim_env, vmm) = (env.clone(), programs.vmm.clone());
+    let mut host = blocking("prepare pod", move || Host::claim(&claim_env, config, vmm)).await?;
     // The lowers are converted while the VM boots: the guest finds them in its share when it needs them.
     let dirs = host.dirs.clone();
     let name = id.to_string();
@@ -152,14 +152,9 @@ pub async fn create_next(
     let rootfs = plan::plan(&request.rootfs)?;
     let (host, volumes) = (pod.host.clone(), translation.volumes.clone());
     let name = id.to_string();
+    let pid = pod.vm.pid();
     let layers = blocking("prepare container", move || {
-        let share = host.dirs.volumes();
-        for (index, volume) in volumes.iter().enumerate() {
-            if let Err(e) = volumes::bind(&share, volume) {
-                volumes[..index].iter().for_each(|volume| volumes::unbind(&share, &volume.name));
-                return Err(e.into());
-            }
-        }
+        volumes::bind_later(&host.vmm, pid, &host.dirs.volumes(), &volumes)?;
         link_layers(host.data_dir(), &host.dirs, &name, &rootfs)
     });
     let layers = layers.await;

@@ -162,6 +162,8 @@ pub struct Host {
     pub dirs: Dirs,
     slot: UidSlot,
     cgroups: Vec<PathBuf>,
+    /// The VMM's program.
+    pub vmm: PathBuf,
     config: Config,
     socket: PathBuf,
 }
@@ -178,13 +180,13 @@ impl Host {
     ///
     /// # Errors
     /// [`PodError`]; nothing is left.
-    pub fn claim(env: &Env, config: Config) -> Result<Self, PodError> {
+    pub fn claim(env: &Env, config: Config, vmm: PathBuf) -> Result<Self, PodError> {
         let dirs = Dirs::new(&env.run_root, &config.data_dir, &env.namespace, &env.sandbox);
         dirs.create()?;
         let claimed = UidSlot::claim(&env.run_root, &dirs, config.uid_base);
         match claimed {
             Ok(slot) => {
-                let host = Self { dirs, slot, cgroups: Vec::new(), config, socket: env.socket.clone() };
+                let host = Self { dirs, slot, cgroups: Vec::new(), vmm, config, socket: env.socket.clone() };
                 host.write_state(None).inspect_err(|_| host.remove())?;
                 Ok(host)
             }

@@ -95,6 +95,11 @@ impl Dirs {
         Self { run: run_root.join(namespace).join(sandbox), pod: data_root.join("pods").join(namespace).join(sandbox) }
     }
 
+    /// The run directory itself, for files that are only looked at.
+    pub fn run(&self) -> &Path {
+        &self.run
+    }
+
     /// Socket of the RPC connection.
     pub fn rpc_socket(&self) -> PathBuf {
         self.run.join("sock/rpc.sock")
@@ -183,6 +188,8 @@ impl Dirs {
         rmdir(self.volumes())?;
         rmdir(self.jail_root())?;
         rm(self.run.join("state.json.new"))?;
+        rm(self.run.join(STATUS_FILE))?;
+        rm(self.run.join(STATUS_FILE).with_extension("tmp"))?;
         rm(self.state_file())?;
         rmdir(self.run.clone())
     }

@@ -7,7 +7,8 @@
 //! | `file:///path`           | appended to, stdout and stderr alike                                                    |
 //! | `binary:///path?k=v`     | a program that takes stdout on descriptor 3 and stderr on 4, and says on 5 that it is ready |
 //!
-//! Only `CloseIO` ends stdin. A sink that nobody reads blocks its process as a full pipe would, and nothing else: see
+//! Stdin is opened when the process starts: clients may only close it once they know that the process has been created,
+//! and must not see it read to its end before. Only `CloseIO` ends it. A sink that nobody reads blocks its process as a full pipe would, and nothing else: see
 //! [`crate::stream`]. The logging program is asked to leave, and killed when it does not, without anybody waiting for it.
 
 use std::io;
@@ -197,6 +198,7 @@ struct Stream {
 pub struct Io {
     names: Names,
     closing: watch::Sender<bool>,
+    waiting: Option<(PathBuf, Ticket)>,
     input: Option<Stream>,
     outputs: Vec<Stream>,
     logger: Option<Child>,
@@ -211,6 +213,7 @@ impl Io {
         let mut io = Self {
             names: Names::default(),
             closing: watch::Sender::new(false),
+            waiting: None,
             input: None,
             outputs: Vec::new(),
             logger: None,
@@ -218,12 +221,12 @@ impl Io {
         match parse(&wanted.stdin)? {
             Target::Discard => {}
             Target::Path(path) => {
-                let failed = |source| StdioError::Open { path: path.clone(), source };
-                let source = open_fifo(&path).and_then(|options| options.open_receiver(&path)).map_err(failed)?;
+                if let Err(source) = open_fifo(&path) {
+                    return Err(StdioError::Open { path, source });
+                }
                 let ticket = hub.expect().map_err(StdioError::Random)?;
                 io.names.stdin = stream_uri(ticket.id());
-                let closing = io.closing.subscribe();
-                io.input = Some(spawn(ticket, move |socket| pump_input(socket, source, closing)));
+                io.waiting = Some((path, ticket));
             }
             _ => return Err(StdioError::Scheme(wanted.stdin.clone())),
         }
@@ -257,6 +260,21 @@ impl Io {
     /// What to call the streams in the request to the guest.
     pub fn names(&self) -> &Names {
         &self.names
+    }
+
+    /// Opens stdin: the process is about to start.
+    ///
+    /// # Errors
+    /// [`StdioError::Open`].
+    pub fn open_stdin(&mut self) -> Result<(), StdioError> {
+        let Some((path, ticket)) = self.waiting.take() else { return Ok(()) };
+        let source = match open_fifo(&path).and_then(|options| options.open_receiver(&path)) {
+            Ok(source) => source,
+            Err(source) => return Err(StdioError::Open { path, source }),
+        };
+        let closing = self.closing.subscribe();
+        self.input = Some(spawn(ticket, move |socket| pump_input(socket, source, closing)));
+        Ok(())
     }
 
     /// Ends stdin, after what has been written to it so far.

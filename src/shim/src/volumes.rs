@@ -6,14 +6,20 @@
 //!    c1-1                 a single file, bound alone: its siblings are never exposed
 //! ```
 //!
+//! Ids are mapped by the VMM's own program: by its jail for what is there when it starts, and by a short-lived process of
+//! it for what comes later, since a mount that propagates into the jail keeps the ids that it has.
+//!
 //! The shim's mount namespace is a slave of the host's, so what the host mounts later below a volume arrives, nothing of
 //! this reaches the host, and everything is gone when the shim and the VMM are.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
+use nacelle_protocol::vm::Report;
 use rustix::io::Errno;
 use rustix::mount::{
     MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_bind_recursive, mount_change,
@@ -37,6 +43,9 @@ pub enum VolumeError {
         #[source]
         source: io::Error,
     },
+    /// The VMM's program cannot mount them.
+    #[error("bind volumes: {0}")]
+    Refused(String),
     /// A mount failed.
     #[error("{what} {path}")]
     Mount {
@@ -65,25 +74,34 @@ pub fn prepare(share: &Path) -> Result<(), VolumeError> {
     mount_change(share, MountPropagationFlags::SHARED).map_err(failed("share mounts below", share))
 }
 
-/// Puts one volume into the share.
+/// Makes the place of a volume in the share: a directory or a file, as its source is.
+fn place(share: &Path, volume: &Volume) -> Result<PathBuf, VolumeError> {
+    let kind = fs::metadata(&volume.source).map_err(source_error(volume))?.file_type();
+    if kind.is_socket() || kind.is_block_device() || kind.is_char_device() {
+        tracing::warn!("{}: a socket or device of the host does not work in a VM", volume.source.display());
+    }
+    let entry = share.join(&volume.name);
+    let made = if kind.is_dir() { fs::create_dir(&entry) } else { File::create_new(&entry).map(drop) };
+    made.map_err(|source| VolumeError::Mount { what: "create", path: entry.clone(), source })?;
+    Ok(entry)
+}
+
+fn source_error(volume: &Volume) -> impl FnOnce(io::Error) -> VolumeError {
+    let (volume, destination) = (volume.source.clone(), volume.destination.clone());
+    move |source| VolumeError::Source { volume, destination, source }
+}
+
+/// Puts a volume into the share before the VMM starts, whose jail maps its ids.
 ///
 /// # Errors
 /// [`VolumeError::Source`] names a source that is not there; nothing is left behind.
 pub fn bind(share: &Path, volume: &Volume) -> Result<(), VolumeError> {
-    let source_error =
-        |source| VolumeError::Source { volume: volume.source.clone(), destination: volume.destination.clone(), source };
-    let kind = fs::metadata(&volume.source).map_err(source_error)?.file_type();
-    let entry = share.join(&volume.name);
-    let made = if kind.is_dir() { fs::create_dir(&entry) } else { File::create_new(&entry).map(drop) };
-    made.map_err(|source| VolumeError::Mount { what: "create", path: entry.clone(), source })?;
-    if kind.is_socket() || kind.is_block_device() || kind.is_char_device() {
-        tracing::warn!("{}: a socket or device of the host does not work in a VM", volume.source.display());
-    }
+    let entry = place(share, volume)?;
     let bound = match volume.recursive {
         true => mount_bind_recursive(&volume.source, &entry),
         false => mount_bind(&volume.source, &entry),
     };
-    let result = bound.map_err(|errno| source_error(errno.into())).and_then(|()| {
+    let result = bound.map_err(|errno| source_error(volume)(errno.into())).and_then(|()| {
         if volume.read_only {
             let flags = MountFlags::BIND | MountFlags::RDONLY | kept_flags(&entry);
             mount_remount(&entry, flags, c"").map_err(failed("remount read-only", &entry))?;
@@ -94,6 +112,42 @@ pub fn bind(share: &Path, volume: &Volume) -> Result<(), VolumeError> {
         unbind(share, &volume.name);
     }
     result
+}
+
+/// Puts volumes into the share of a VMM that runs. `program` is the VMM's, which can map their ids; `vmm` its process.
+/// Blocks.
+///
+/// # Errors
+/// [`VolumeError`]; nothing is left behind.
+pub fn bind_later(program: &Path, vmm: u32, share: &Path, volumes: &[Volume]) -> Result<(), VolumeError> {
+    let result = volumes.iter().try_fold(Vec::new(), |mut args: Vec<OsString>, volume| {
+        let entry = place(share, volume)?;
+        let access = if volume.read_only { "ro" } else { "rw" };
+        let options = if volume.recursive { format!("{access},recursive") } else { access.to_owned() };
+        args.extend([volume.source.clone().into(), entry.into(), options.into()]);
+        Ok(args)
+    });
+    let result = result.and_then(|args| if args.is_empty() { Ok(()) } else { run_bind(program, vmm, args) });
+    if result.is_err() {
+        volumes.iter().for_each(|volume| unbind(share, &volume.name));
+    }
+    result
+}
+
+fn run_bind(program: &Path, vmm: u32, args: Vec<OsString>) -> Result<(), VolumeError> {
+    let failed = |source| VolumeError::Mount { what: "run", path: program.to_owned(), source };
+    let mut command = Command::new(program);
+    command.arg("bind").arg(vmm.to_string()).args(args).env_clear().current_dir("/").stdin(Stdio::null());
+    let output = command.output().map_err(failed)?;
+    let mut failure = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    for line in output.stdout.split(|byte| *byte == b'\n') {
+        match serde_json::from_slice(line) {
+            Ok(Report::Failed { message, .. }) => failure = message,
+            Ok(Report::Degraded { stage, message }) => tracing::warn!("volumes: {stage}: {message}"),
+            Ok(Report::Started { .. }) | Err(_) => {}
+        }
+    }
+    if output.status.success() { Ok(()) } else { Err(VolumeError::Refused(failure)) }
 }
 
 /// Flags of a mount that a remount would otherwise take away.

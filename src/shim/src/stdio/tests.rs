@@ -32,7 +32,9 @@ impl World {
 
     async fn open(&self, stdin: &str, stdout: &str, stderr: &str) -> Io {
         let wanted = Wanted { stdin: stdin.into(), stdout: stdout.into(), stderr: stderr.into(), terminal: false };
-        Io::open(&self.hub, &owner(), &wanted).await.expect("open")
+        let mut io = Io::open(&self.hub, &owner(), &wanted).await.expect("open");
+        io.open_stdin().expect("open stdin");
+        io
     }
 
     async fn dial(&self, name: &str) -> UnixStream {
