@@ -155,11 +155,11 @@ impl Guest {
         }
     }
 
-    /// Tells the guest where its shares and its disk are, and what time it is.
+    /// Tells the guest where its shares and its disk are, and what time it is; returns its kernel's release.
     ///
     /// # Errors
     /// [`GuestError`].
-    pub async fn configure(&self, hostname: &str) -> Result<(), GuestError> {
+    pub async fn configure(&self, hostname: &str) -> Result<String, GuestError> {
         let share = |tag: &str, target: &str, read_only| Share {
             tag: tag.to_owned(),
             target: target.to_owned(),
@@ -180,7 +180,7 @@ impl Guest {
         if !response.follows_host_clock {
             tokio::spawn(keep_time(self.agent.clone()));
         }
-        Ok(())
+        Ok(kernel)
     }
 
     /// Creates a container; returns the guest's process id.

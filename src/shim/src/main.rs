@@ -33,6 +33,7 @@ mod service;
 mod spec;
 mod start;
 mod state;
+mod status;
 mod stdio;
 mod stream;
 mod tail;

@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nacelle_protocol::agent::{Container, Rootfs};
 use nacelle_protocol::ids::ContainerId;
@@ -77,6 +77,7 @@ pub async fn create_first(
     id: ContainerId,
     request: Create,
 ) -> Result<(Arc<Pod>, mpsc::Receiver<GuestEvent>, Created), TaskError> {
+    let begin = Instant::now();
     let config = request.origin.as_ref().unwrap_or(&env.origin).load()?;
     let programs = config.programs(&env.exe)?;
     let bundle = Bundle::load(&request.bundle)?;
@@ -92,15 +93,17 @@ pub async fn create_first(
 
     let data_dir = config.data_dir.clone();
     let (claim_env, vmm) = (env.clone(), programs.vmm.clone());
-    let mut host = blocking("prepare pod", move || Host::claim(&claim_env, config, vmm)).await?;
+    let mut host = blocking("prepare pod", move || Host::claim(&claim_env, config, vmm, begin)).await?;
     // The lowers are converted while the VM boots: the guest finds them in its share when it needs them.
     let dirs = host.dirs.clone();
-    let name = id.to_string();
-    let layers = tokio::spawn(blocking("convert layers", move || link_layers(&data_dir, &dirs, &name, &rootfs)));
+    let (name, record) = (id.to_string(), host.record.clone());
+    let convert = move || link_layers(&data_dir, &dirs, &name, &rootfs, &record);
+    let layers = tokio::spawn(blocking("convert layers", convert));
     let equip = {
         let (bundle, volumes) = (bundle.clone(), translation.volumes.clone());
         blocking("prepare pod", move || {
             let listeners = host.equip(&bundle, size, &volumes);
+            host.record.phase("prepare", begin);
             Ok::<_, PodError>((host, listeners))
         })
     };
@@ -155,7 +158,7 @@ pub async fn create_next(
     let pid = pod.vm.pid();
     let layers = blocking("prepare container", move || {
         volumes::bind_later(&host.vmm, pid, &host.dirs.volumes(), &volumes)?;
-        link_layers(host.data_dir(), &host.dirs, &name, &rootfs)
+        link_layers(host.data_dir(), &host.dirs, &name, &rootfs, &host.record)
     });
     let layers = layers.await;
     let names: Vec<_> = translation.volumes.iter().map(|volume| volume.name.clone()).collect();
@@ -197,7 +200,10 @@ async fn finish(
     }
     let container = Container { spec, rootfs: Rootfs { lowers: layers? } };
     let create = async { Ok::<_, TaskError>(pod.guest.create(&id, &container, wanted.terminal, io.names()).await?) };
+    let asked = Instant::now();
     local.guest_pid = pod.while_alive(create).await?;
+    pod.host.record.phase(&format!("create {id}"), asked);
+    pod.host.record.write();
     Ok(Created { local, io, pid })
 }
 
@@ -275,6 +281,8 @@ pub async fn delete(
     let Some(local) = local else { return Ok(()) };
     if let Some(pod) = pod {
         unbind_all(&pod, local.volumes.clone()).await;
+        pod.host.record.forget(key.container.as_str());
+        pod.host.record.write();
     }
     if let Some(hooks) = &local.hooks {
         let state = local.hook_state(&key.container, "stopped", 0);

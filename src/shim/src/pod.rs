@@ -13,7 +13,7 @@ use std::io;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nacelle_protocol::ids::SandboxId;
 use nacelle_rootfs::cache::{Cache, CacheError};
@@ -31,6 +31,7 @@ use crate::config::{Config, Origin, Programs};
 use crate::guest::{Guest, GuestError, GuestEvent};
 use crate::spec::Volume;
 use crate::state::{Dirs, Process, State, StateError, UidSlot};
+use crate::status::Record;
 use crate::stream::Hub;
 use crate::vm::{self, Place, Size, Vm, VmError};
 use crate::volumes::{self, VolumeError};
@@ -134,7 +135,14 @@ fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PodErr
 ///
 /// # Errors
 /// [`PodError`].
-pub fn link_layers(data_dir: &Path, dirs: &Dirs, container: &str, plan: &RootfsPlan) -> Result<Vec<String>, PodError> {
+pub fn link_layers(
+    data_dir: &Path,
+    dirs: &Dirs,
+    container: &str,
+    plan: &RootfsPlan,
+    record: &Record,
+) -> Result<Vec<String>, PodError> {
+    let begin = Instant::now();
     let cache = Cache::open(data_dir, Limits::default())?;
     let scratch = dirs.scratch(container);
     std::fs::create_dir_all(&scratch).map_err(io_error("create", &scratch))?;
@@ -147,9 +155,10 @@ pub fn link_layers(data_dir: &Path, dirs: &Dirs, container: &str, plan: &RootfsP
         if !share.join(&name).exists() {
             cache.link_into(layer, &share, &name)?;
         }
-        tracing::debug!("layer {name}: {:?} in {:?}", layer.outcome, layer.took);
         names.push(name);
     }
+    record.layers(container, &layers);
+    record.phase("layers", begin);
     // Their images are linked; only containers' own conversions were in there.
     std::fs::remove_dir_all(&scratch).map_err(io_error("remove", &scratch))?;
     Ok(names)
@@ -166,6 +175,8 @@ pub struct Host {
     pub vmm: PathBuf,
     config: Config,
     socket: PathBuf,
+    /// How the start went, for people.
+    pub record: Arc<Record>,
 }
 
 /// The sockets that the guest dials.
@@ -180,13 +191,21 @@ impl Host {
     ///
     /// # Errors
     /// [`PodError`]; nothing is left.
-    pub fn claim(env: &Env, config: Config, vmm: PathBuf) -> Result<Self, PodError> {
+    pub fn claim(env: &Env, config: Config, vmm: PathBuf, begin: Instant) -> Result<Self, PodError> {
         let dirs = Dirs::new(&env.run_root, &config.data_dir, &env.namespace, &env.sandbox);
         dirs.create()?;
         let claimed = UidSlot::claim(&env.run_root, &dirs, config.uid_base);
         match claimed {
             Ok(slot) => {
-                let host = Self { dirs, slot, cgroups: Vec::new(), vmm, config, socket: env.socket.clone() };
+                let record = Arc::new(Record::new(&dirs, begin));
+                record.set(|status| {
+                    status.namespace = env.namespace.to_string();
+                    status.sandbox = env.sandbox.to_string();
+                    status.shim_pid = std::process::id();
+                    status.uid_base = slot.first(config.uid_base);
+                });
+                let socket = env.socket.clone();
+                let host = Self { dirs, slot, cgroups: Vec::new(), vmm, config, socket, record };
                 host.write_state(None).inspect_err(|_| host.remove())?;
                 Ok(host)
             }
@@ -292,8 +311,9 @@ impl Pod {
         bundle: &Bundle,
         size: Size,
     ) -> Result<(Self, mpsc::Receiver<GuestEvent>), PodError> {
-        let begin = std::time::Instant::now();
+        let begin = Instant::now();
         let config = &host.config;
+        let record = &host.record;
         let place = Place {
             uid_base: host.uid(),
             cgroups: host.cgroups.first().cloned().into_iter().collect(),
@@ -306,14 +326,24 @@ impl Pod {
         let rpc = listener(listeners.rpc, host.dirs.rpc_socket())?;
         let streams = listener(listeners.streams, host.dirs.stream_socket())?;
         let vm = Vm::spawn(&programs.vmm, &vm_config).await?;
-        let in_jail = begin.elapsed();
+        record.phase("jail", begin);
+        let jailed = Instant::now();
         host.write_state(Process::find(vm.pid()))?;
         adjust_oom_score(vm.pid(), bundle);
         let hub = Arc::new(Hub::default());
         let streams = tokio::spawn(hub.clone().serve(streams)).abort_handle();
         let up = async {
             let guest = Guest::accept(rpc).await?;
-            guest.configure(bundle.spec.hostname().as_deref().unwrap_or_default()).await?;
+            record.phase("boot", jailed);
+            let dialled = Instant::now();
+            let kernel = guest.configure(bundle.spec.hostname().as_deref().unwrap_or_default()).await?;
+            record.phase("configure", dialled);
+            record.set(|status| {
+                status.vmm_pid = vm.pid();
+                status.vcpus = size.vcpus;
+                status.memory_mib = size.memory_mib;
+                status.guest_kernel = kernel;
+            });
             Ok::<_, PodError>(guest)
         };
         let booted = tokio::select! {
@@ -324,12 +354,7 @@ impl Pod {
         };
         match booted {
             Ok(guest) => {
-                tracing::info!(
-                    "VMM {} of sandbox {}: in its jail after {in_jail:?}, guest up after {:?}",
-                    vm.pid(),
-                    env.sandbox,
-                    begin.elapsed()
-                );
+                tracing::info!("VMM {} of sandbox {}: guest up after {:?}", vm.pid(), env.sandbox, begin.elapsed());
                 let (sink, events) = mpsc::channel(EVENTS);
                 tokio::spawn(guest.clone().events(sink));
                 Ok((Self { vm, guest, host, hub, streams }, events))

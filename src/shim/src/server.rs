@@ -157,6 +157,7 @@ fn start_log(level: &str) {
     let nonblocking = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
     let log = File::options().read(true).write(true).custom_flags(nonblocking).open("log");
     let Ok(log) = log else { return };
-    let filter = tracing_subscriber::EnvFilter::new(level);
-    tracing_subscriber::fmt().with_writer(Arc::new(log)).with_ansi(false).with_env_filter(filter).init();
+    // The configuration has checked the word.
+    let level = level.parse().unwrap_or(tracing::Level::INFO);
+    tracing_subscriber::fmt().with_writer(Arc::new(log)).with_ansi(false).with_max_level(level).init();
 }

@@ -3,6 +3,7 @@
 //! ```text
 //!  /run/nacelle/<namespace>/<sandbox>/        0700
 //!    state.json         what `delete` needs after a crash; written by rename
+//!    status.json        for people, see `status`
 //!    sock/              rpc.sock, stream.sock: the guest dials them through the VMM
 //!    volumes/           tmpfs in the shim's mount namespace, shared with the VMM's: one entry a volume
 //!    root/              empty; the jail's root is assembled here, in the VMM's mount namespace
@@ -24,6 +25,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nacelle_protocol::ids::SandboxId;
+use nacelle_protocol::status::STATUS_FILE;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FlockOperation;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};

@@ -32,8 +32,7 @@ impl Record {
 
     /// A phase that began at `from` and ends now.
     pub fn phase(&self, name: &str, from: Instant) {
-        let phase =
-            Phase { name: name.to_owned(), at_us: micros(from - self.begin), took_us: micros(from.elapsed()) };
+        let phase = Phase { name: name.to_owned(), at_us: micros(from - self.begin), took_us: micros(from.elapsed()) };
         tracing::debug!("phase {} took {} µs", phase.name, phase.took_us);
         self.set(|status| status.phases.push(phase));
     }
