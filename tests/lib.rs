@@ -6,3 +6,4 @@ pub mod events;
 pub mod grpc;
 pub mod leftovers;
 pub mod node;
+pub mod shim;

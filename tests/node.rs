@@ -162,6 +162,15 @@ impl Node {
         grpc::call(&self.socket(), NAMESPACE, method, message, within)
     }
 
+    /// The shim of the runtime under test, found as containerd finds it.
+    pub fn shim_program(&self) -> PathBuf {
+        let name = self.runtime.trim_start_matches("io.containerd.").replace('.', "-");
+        let file = format!("containerd-shim-{name}");
+        let path = env::var_os("PATH").unwrap_or_default();
+        let dirs = std::iter::once(self.bin.clone()).chain(env::split_paths(&path));
+        dirs.map(|dir| dir.join(&file)).find(|program| program.exists()).unwrap_or_else(|| panic!("no {file} in PATH"))
+    }
+
     /// containerd's socket.
     pub fn socket(&self) -> PathBuf {
         self.path("containerd.sock")

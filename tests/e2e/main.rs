@@ -8,6 +8,7 @@
 //! what is ignored depends on the runtime. Every test must leave the node as it found it; the harness looks.
 
 mod bad_input;
+mod contract;
 mod crash;
 mod events;
 mod hooks;
@@ -54,6 +55,7 @@ const THEMES: &[(&str, &[Case])] = &[
     ("rootfs", rootfs::CASES),
     ("events", events::CASES),
     ("hooks", hooks::CASES),
+    ("contract", contract::CASES),
     ("bad_input", bad_input::CASES),
     ("crash", crash::CASES),
     ("load", load::CASES),
@@ -133,7 +135,9 @@ fn run(case: &'static Case, name: String) -> Result<(), Failed> {
     }
     failure += &format!("\n--- containerd's log\n{}", node.log_since(log));
     node.delete_everything();
-    Err(failure.into())
+    // Told at once, as the list of failures comes only with the last test.
+    eprintln!("{failure}");
+    Err("see above".into())
 }
 
 fn text(panic: &(dyn std::any::Any + Send)) -> String {

@@ -8,7 +8,7 @@ use std::{
 };
 
 use nacelle_tests::{
-    command::{PATIENCE, within},
+    command::{PATIENCE, Running, eventually, within},
     events::Events,
     node::{BUSYBOX, NAMESPACE, Node},
 };
@@ -111,10 +111,9 @@ fn terminal_of_a_task(node: &Node) {
     let mut run = node.run(&["--rm", "-t"], BUSYBOX, &["sh", "-c", script]).spawn_on_terminal(91, 37);
     run.sees("is-a-terminal", PATIENCE);
     run.sees("ready", PATIENCE);
-    run.resize(101, 41);
     run.write(b"first\n");
     run.sees("got-first", PATIENCE);
-    run.sees("41 101", PATIENCE);
+    resize(&run, "41 101");
     run.write(b"end\n");
     run.wait(PATIENCE).expect(7);
 }
@@ -124,10 +123,9 @@ fn terminal_of_an_exec(node: &Node) {
     let mut exec = c.exec(&["-t"], &["sh"]).spawn_on_terminal(91, 37);
     exec.write(b"test -t 1 && echo is-a-$((1))-terminal\n");
     exec.sees("is-a-1-terminal", PATIENCE);
-    exec.resize(101, 41);
-    // Until the new size is there; the terminal echoes the command, but not its output.
+    // The terminal echoes the command, but not its output.
     exec.write(b"until [ \"$(stty size)\" = '41 101' ]; do sleep 0.1; done; echo size-$((2))\n");
-    exec.sees("size-2", PATIENCE);
+    resize(&exec, "size-2");
     // The interrupt character reaches the foreground process of the terminal, not the shell.
     exec.write(b"sh -c 'echo sleeping-$((1)); sleep 1000'\n");
     exec.sees("sleeping-1", PATIENCE);
@@ -136,6 +134,14 @@ fn terminal_of_an_exec(node: &Node) {
     exec.sees("interrupted-3", PATIENCE);
     exec.wait(PATIENCE).expect(5);
     c.remove();
+}
+
+/// Changes the size to 101 × 41 until `text` is printed: ctr listens for changes only some time after the start.
+fn resize(running: &Running, text: &str) {
+    within(PATIENCE, text, || {
+        running.resize(101, 41);
+        eventually(Duration::from_millis(500), || running.printed().contains(text).then_some(()))
+    });
 }
 
 fn attach_to_a_task(node: &Node) {
