@@ -159,15 +159,19 @@ impl Guest {
     ///
     /// # Errors
     /// [`GuestError`].
-    pub async fn configure(&self, hostname: &str) -> Result<String, GuestError> {
+    pub async fn configure(&self, hostname: &str, volumes: bool) -> Result<String, GuestError> {
         let share = |tag: &str, target: &str, read_only| Share {
             tag: tag.to_owned(),
             target: target.to_owned(),
             read_only,
             ..Share::default()
         };
+        let mut shares = vec![share(LAYERS_TAG, LAYERS_DIR, true)];
+        if volumes {
+            shares.push(share(VOLUMES_TAG, VOLUMES_DIR, false));
+        }
         let request = ConfigureRequest {
-            shares: vec![share(LAYERS_TAG, LAYERS_DIR, true), share(VOLUMES_TAG, VOLUMES_DIR, false)],
+            shares,
             upper_serial: UPPER_SERIAL.to_owned(),
             hostname: hostname.to_owned(),
             realtime_ns: now_ns(),

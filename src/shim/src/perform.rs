@@ -109,8 +109,10 @@ pub async fn create_first(
     };
     let (host, listeners) = equip.await?;
     let host = Arc::new(host);
+    // A container that is alone brings all of its volumes with it.
+    let volumes = bundle.role == Role::Sandbox || !translation.volumes.is_empty();
     let booted = async {
-        let (pod, events) = Pod::boot(&env, host.clone(), listeners?, &programs, &bundle, size).await?;
+        let (pod, events) = Pod::boot(&env, host.clone(), listeners?, &programs, &bundle, size, volumes).await?;
         Ok::<_, TaskError>((Arc::new(pod), events))
     };
     // The conversion cannot be interrupted, and must not write into a directory that is being removed.

@@ -310,6 +310,7 @@ impl Pod {
         programs: &Programs,
         bundle: &Bundle,
         size: Size,
+        volumes: bool,
     ) -> Result<(Self, mpsc::Receiver<GuestEvent>), PodError> {
         let begin = Instant::now();
         let config = &host.config;
@@ -318,6 +319,7 @@ impl Pod {
             uid_base: host.uid(),
             cgroups: host.cgroups.first().cloned().into_iter().collect(),
             network: bundle.network.clone(),
+            volumes,
         };
         let vm_config = vm::plan(&env.sandbox, size, config, programs, &host.dirs, place);
         let listener = |l: std::os::unix::net::UnixListener, path: PathBuf| {
@@ -336,7 +338,7 @@ impl Pod {
             let guest = Guest::accept(rpc).await?;
             record.phase("boot", jailed);
             let dialled = Instant::now();
-            let kernel = guest.configure(bundle.spec.hostname().as_deref().unwrap_or_default()).await?;
+            let kernel = guest.configure(bundle.spec.hostname().as_deref().unwrap_or_default(), volumes).await?;
             record.phase("configure", dialled);
             record.set(|status| {
                 status.vmm_pid = vm.pid();

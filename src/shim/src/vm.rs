@@ -115,6 +115,8 @@ pub struct Place {
     pub cgroups: Vec<PathBuf>,
     /// Where its network is.
     pub network: Network,
+    /// Whether it has volumes, or may get some later. Without, the VMM holds no capability at all.
+    pub volumes: bool,
 }
 
 /// Describes the VM. The devices are all there will ever be: what comes later goes through the shares.
@@ -127,6 +129,7 @@ pub fn plan(
     place: Place,
 ) -> VmConfig {
     let share = |tag: &str, source, read_only| Share { tag: tag.to_owned(), source, read_only, idmap: !read_only };
+    let volumes = place.volumes.then(|| share(VOLUMES_TAG, dirs.volumes(), false));
     VmConfig {
         generation: GENERATION,
         sandbox: sandbox.clone(),
@@ -135,7 +138,7 @@ pub fn plan(
         kernel: programs.kernel.clone(),
         agent: programs.agent.clone(),
         kernel_args: config.kernel_args.clone(),
-        shares: vec![share(LAYERS_TAG, dirs.layers(), true), share(VOLUMES_TAG, dirs.volumes(), false)],
+        shares: std::iter::once(share(LAYERS_TAG, dirs.layers(), true)).chain(volumes).collect(),
         disks: vec![Disk { serial: UPPER_SERIAL.to_owned(), source: dirs.upper(), read_only: false }],
         sockets: vec![
             Socket { port: RPC_PORT, source: dirs.rpc_socket() },
@@ -386,7 +389,7 @@ mod tests {
     }
 
     fn nowhere() -> Place {
-        Place { uid_base: 65536, cgroups: Vec::new(), network: Network::New }
+        Place { uid_base: 65536, cgroups: Vec::new(), network: Network::New, volumes: true }
     }
 
     fn dummy() -> VmConfig {
