@@ -4,7 +4,7 @@
 //! in. Changes are pushed by the kernel (poll on `*.events`), nothing is polled on a timer.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
@@ -122,7 +122,7 @@ impl Cgroup {
     pub fn apply(&self, resources: &LinuxResources) -> Result<(), CgroupError> {
         for write in limits::writes(resources).map_err(CgroupError::Limits)? {
             let path = self.path.join(&write.file);
-            match fs::write(&path, &write.value) {
+            match write_control(&path, &write.value) {
                 Err(error) if write.optional && error.kind() == io::ErrorKind::NotFound => {}
                 Err(source) => {
                     let (file, value) = (write.file, write.value);
@@ -169,7 +169,7 @@ impl Cgroup {
     /// [`CgroupError::Io`]
     pub fn kill(&self) -> Result<(), CgroupError> {
         let path = self.path.join("cgroup.kill");
-        fs::write(&path, "1").map_err(io_error("write", &path))
+        write_control(&path, "1").map_err(io_error("write", &path))
     }
 
     /// Freezes the processes, or lets them run again, and waits until it is so.
@@ -178,7 +178,8 @@ impl Cgroup {
     /// [`CgroupError`]; a cgroup that does not freeze in time runs on.
     pub async fn freeze(&self, frozen: bool) -> Result<(), CgroupError> {
         let path = self.path.join("cgroup.freeze");
-        let write = |frozen: bool| fs::write(&path, if frozen { "1" } else { "0" }).map_err(io_error("write", &path));
+        let write =
+            |frozen: bool| write_control(&path, if frozen { "1" } else { "0" }).map_err(io_error("write", &path));
         write(frozen)?;
         let state = if frozen { "frozen" } else { "running" };
         let done = self.wait_for("frozen", u64::from(frozen), state).await;
@@ -263,7 +264,12 @@ pub fn delegate(cgroup: &Path) -> Result<(), CgroupError> {
     let names = fs::read_to_string(&controllers).map_err(io_error("read", &controllers))?;
     let enable: String = names.split_whitespace().map(|name| format!("+{name} ")).collect();
     let control = cgroup.join("cgroup.subtree_control");
-    if enable.is_empty() { Ok(()) } else { fs::write(&control, enable).map_err(io_error("write", &control)) }
+    if enable.is_empty() { Ok(()) } else { write_control(&control, &enable).map_err(io_error("write", &control)) }
+}
+
+/// Writes a control file. Never tries to create one, so that a missing one is told from one that refuses.
+fn write_control(path: &Path, value: &str) -> io::Result<()> {
+    fs::OpenOptions::new().write(true).open(path)?.write_all(value.as_bytes())
 }
 
 /// The value of `key` in a file of `key value` lines.

@@ -1,12 +1,20 @@
 //! The first steps of PID 1, before there is a runtime, and the last ones. Plain code, top to bottom.
 //!
-//! The kernel starts the agent out of a virtual file system that can hold nothing but mount points. libcontainer pivots
-//! out of the agent's root, so that has to become a file system of its own: a tmpfs, which also keeps a copy of the
-//! agent, because that is executed for every container and every exec.
+//! ```text
+//!  kernel ─► /init.krun ── switch_root ──► /run/nacelle/agent ── boot ──► serve … ─► reset
+//! ```
+//!
+//! The kernel starts the agent out of a virtual file system that can hold nothing but mount points, and that reads the
+//! agent from the host again whenever it is opened. libcontainer pivots out of the agent's root, so that has to become a
+//! file system of its own: a tmpfs, with a copy of the agent, which is executed for every container and every exec, and
+//! by PID 1 itself, so that the guest holds it once.
 
+use std::convert::Infallible;
 use std::fs;
 use std::io;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use nacelle_protocol::agent::CONTAINERS_DIR;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -21,7 +29,13 @@ use crate::cgroup::{self, CgroupError};
 const NEW_ROOT: &str = "/newroot";
 
 /// Copy of the agent.
-const PROGRAM: &str = "/run/nacelle/agent";
+pub const PROGRAM: &str = "/run/nacelle/agent";
+
+/// `argv[0]` of PID 1 in its second stage.
+pub const NAME: &str = "nacelle-agent";
+
+const SAFE: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
+const INERT: MountFlags = SAFE.union(MountFlags::NOEXEC);
 
 /// Descriptors a process may have, where its container does not say.
 const MAX_FILES: u64 = 1 << 20;
@@ -62,31 +76,37 @@ pub enum InitError {
     Set(&'static str, #[source] io::Error),
 }
 
-/// Makes a bare kernel a place for containers. Returns the path of the agent's copy.
+/// First stage: makes a tmpfs the root, and goes on there as the agent's copy.
 ///
 /// # Errors
 /// [`InitError`]: the machine is of no use then.
-pub fn boot() -> Result<PathBuf, InitError> {
-    let safe = MountFlags::NOSUID | MountFlags::NODEV;
-    let inert = safe | MountFlags::NOEXEC;
+pub fn switch_root() -> Result<Infallible, InitError> {
     let new_root = Path::new(NEW_ROOT);
-    attach("tmpfs", new_root, safe, "mode=0755,nr_inodes=0")?;
+    attach("tmpfs", new_root, SAFE, "mode=0755,nr_inodes=0")?;
     for directory in ["dev", "proc", "sys", "run/nacelle", "tmp"] {
         let path = new_root.join(directory);
         fs::create_dir_all(&path).map_err(|error| InitError::Create(path, error))?;
     }
-    attach("proc", &new_root.join("proc"), inert, "")?;
-    let copy = Path::new(NEW_ROOT).join(PROGRAM.trim_start_matches('/'));
+    attach("proc", &new_root.join("proc"), INERT, "")?;
+    let copy = new_root.join(PROGRAM.trim_start_matches('/'));
     fs::copy(new_root.join("proc/self/exe"), &copy).map_err(|error| InitError::Create(copy, error))?;
     enter(new_root).map_err(InitError::Root)?;
+    // Nothing holds the virtual root after this, and what the kernel has cached of it is free again.
+    Err(InitError::Root(Command::new(PROGRAM).arg0(NAME).exec()))
+}
 
-    attach("sysfs", Path::new("/sys"), inert, "")?;
-    attach("cgroup2", Path::new(cgroup::ROOT), inert, "nsdelegate,memory_recursiveprot")?;
+/// Second stage: makes the guest a place for containers.
+///
+/// # Errors
+/// [`InitError`]: the machine is of no use then.
+pub fn boot() -> Result<(), InitError> {
+    attach("sysfs", Path::new("/sys"), INERT, "")?;
+    attach("cgroup2", Path::new(cgroup::ROOT), INERT, "nsdelegate,memory_recursiveprot")?;
     attach("devtmpfs", Path::new("/dev"), MountFlags::NOSUID, "mode=0755")?;
     attach_in_dev("devpts", "pts", MountFlags::NOSUID | MountFlags::NOEXEC, "gid=5,mode=0620,ptmxmode=0666")?;
-    attach_in_dev("tmpfs", "shm", inert, "mode=1777")?;
-    attach_in_dev("mqueue", "mqueue", inert, "")?;
-    attach("tmpfs", Path::new("/tmp"), safe, "mode=1777")?;
+    attach_in_dev("tmpfs", "shm", INERT, "mode=1777")?;
+    attach_in_dev("mqueue", "mqueue", INERT, "")?;
+    attach("tmpfs", Path::new("/tmp"), SAFE, "mode=1777")?;
     fs::create_dir_all(CONTAINERS_DIR).map_err(|error| InitError::Create(CONTAINERS_DIR.into(), error))?;
 
     cgroup::delegate(Path::new(cgroup::ROOT)).map_err(InitError::Cgroup)?;
@@ -97,8 +117,7 @@ pub fn boot() -> Result<PathBuf, InitError> {
     }
     let files = Rlimit { current: Some(MAX_FILES), maximum: Some(MAX_FILES) };
     setrlimit(Resource::Nofile, files).map_err(|error| InitError::Set("limit of open files", error.into()))?;
-    sethostname(b"nacelle").map_err(|error| InitError::Set("host name", error.into()))?;
-    Ok(PROGRAM.into())
+    sethostname(b"nacelle").map_err(|error| InitError::Set("host name", error.into()))
 }
 
 fn attach(fstype: &'static str, target: &Path, flags: MountFlags, options: &str) -> Result<(), InitError> {

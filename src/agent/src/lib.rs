@@ -31,6 +31,7 @@ pub mod events;
 pub mod exec;
 pub mod executor;
 pub mod fd;
+pub mod frame;
 pub mod guest;
 pub mod init;
 pub mod limits;

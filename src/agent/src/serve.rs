@@ -39,6 +39,9 @@ pub enum ServeError {
     /// No server.
     #[error("serve the host")]
     Server(#[source] ttrpc::Error),
+    /// The connection ended, and with it the guest.
+    #[error("serve the host: it hung up")]
+    HungUp,
     /// Processes cannot be waited for.
     #[error("wait for processes")]
     Reap(#[source] io::Error),
@@ -64,7 +67,7 @@ pub async fn run(guest: Arc<Guest>) -> Result<(), ServeError> {
         .register_service(agent(guest.clone()));
     server.start().await.map_err(ServeError::Server)?;
     let result = tokio::select! {
-        () = closed.notified() => Ok(()),
+        () = closed.notified() => Err(ServeError::HungUp),
         () = guest.shutdown.notified() => {
             // The answer is on its way; when the host has it, it hangs up.
             let _ = tokio::time::timeout(FAREWELL, closed.notified()).await;
@@ -159,7 +162,12 @@ impl AsyncRead for Watched {
         let read = Pin::new(&mut self.connection).poll_read(cx, buffer);
         match &read {
             Poll::Ready(Ok(())) if !room || buffer.filled().len() > before => {}
-            Poll::Ready(_) => self.closed.notify_one(),
+            Poll::Ready(ended) => {
+                if let Err(error) = ended {
+                    crate::say!("read from the host: {error}");
+                }
+                self.closed.notify_one();
+            }
             Poll::Pending => {}
         }
         read

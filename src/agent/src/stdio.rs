@@ -16,16 +16,15 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::FutureExt as _;
-use nacelle_protocol::stream::{
-    FrameKind, HEADER_LEN, Header, MAX_DATA, StreamError, WINDOW, credit_frame, parse_stream_uri,
-};
+use nacelle_protocol::stream::{HEADER_LEN, Header, MAX_DATA, StreamError, WINDOW, credit_frame, parse_stream_uri};
 use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, Interest};
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 
 use crate::dial::{self, Connection, Dial, DialError};
 use crate::fd::{self, Fd};
+use crate::frame::{Frame, Frames};
 
 /// How long the host may take to close a stream whose end it has been sent.
 const LINGER: Duration = Duration::from_secs(30);
@@ -320,60 +319,5 @@ async fn pump_in(wire: Box<dyn Connection>, sink: Arc<Fd>, close: Arc<Notify>) {
             }
             taken = 0;
         }
-    }
-}
-
-/// One whole frame.
-enum Frame {
-    Data(Vec<u8>),
-    Eof,
-    Credit(u32),
-}
-
-/// Cuts a connection into frames. What has been read of one is kept when a wait for it is given up.
-struct Frames<R> {
-    receive: R,
-    head: [u8; HEADER_LEN],
-    body: Vec<u8>,
-    header: Option<Header>,
-    filled: usize,
-}
-
-impl<R: AsyncRead + Unpin> Frames<R> {
-    fn new(receive: R) -> Self {
-        Self { receive, head: [0; HEADER_LEN], body: Vec::new(), header: None, filled: 0 }
-    }
-
-    /// The next frame; `None` when the connection ends.
-    async fn next(&mut self) -> Result<Option<Frame>, StreamError> {
-        let header = match self.header {
-            Some(header) => header,
-            None => {
-                while self.filled < HEADER_LEN {
-                    match self.receive.read(&mut self.head[self.filled..]).await {
-                        Ok(n @ 1..) => self.filled += n,
-                        Ok(0) | Err(_) => return Ok(None),
-                    }
-                }
-                let header = Header::decode(&self.head)?;
-                self.body = vec![0; header.len as usize];
-                self.filled = 0;
-                *self.header.insert(header)
-            }
-        };
-        while self.filled < self.body.len() {
-            match self.receive.read(&mut self.body[self.filled..]).await {
-                Ok(n @ 1..) => self.filled += n,
-                Ok(0) | Err(_) => return Ok(None),
-            }
-        }
-        self.filled = 0;
-        self.header = None;
-        let body = std::mem::take(&mut self.body);
-        Ok(Some(match header.kind {
-            FrameKind::Data => Frame::Data(body),
-            FrameKind::Eof => Frame::Eof,
-            FrameKind::Credit => Frame::Credit(body.try_into().map(u32::from_le_bytes).unwrap_or(0)),
-        }))
     }
 }

@@ -21,7 +21,7 @@ use nacelle_agent::guest::Guest;
 use nacelle_agent::serve;
 use nacelle_protocol::agent::{AgentClient, CONTAINER_TYPE, Event, EventsRequest, event::What};
 use nacelle_protocol::stream::{
-    ANSWER_LEN, Answer, FrameKind, HEADER_LEN, Header, Kind, MAX_DATA, PREAMBLE_LEN, Preamble, RPC_PORT, Status as Go,
+    ANSWER_LEN, Answer, FrameKind, HEADER_LEN, Header, Kind, MAX_DATA, PREAMBLE_LEN, Preamble, Status as Go,
     credit_frame, stream_uri,
 };
 use protobuf::MessageField;
@@ -105,6 +105,12 @@ fn prepare(cgroup: &Path) {
     std::fs::create_dir_all(layers).expect("layers");
     mount_bind(std::env::var_os(LAYERS).expect("set"), layers).expect("bind layers");
     let base = Path::new("/run/base");
+    base_tree(base);
+    image("base", base);
+}
+
+/// A root file system with busybox and nothing else.
+pub fn base_tree(base: &Path) {
     for directory in ["bin", "dev", "proc", "sys", "tmp", "etc", "root", "var"] {
         std::fs::create_dir_all(base.join(directory)).expect("directory");
     }
@@ -118,7 +124,6 @@ fn prepare(cgroup: &Path) {
     }
     std::fs::write(base.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/tmp:/bin/sh\n").expect("f");
     std::fs::write(base.join("bin/plain"), "no program").expect("file");
-    image("base", base);
 }
 
 fn busybox() -> PathBuf {
@@ -127,11 +132,12 @@ fn busybox() -> PathBuf {
 
 /// Makes lower `name` out of a directory.
 pub fn image(name: &str, directory: &Path) {
-    let made = Command::new("mkfs.erofs")
-        .arg(Path::new("/run/nacelle/layers").join(name))
-        .arg(directory)
-        .output()
-        .expect("mkfs.erofs");
+    image_at(&Path::new("/run/nacelle/layers").join(name), directory);
+}
+
+/// Makes an EROFS image out of a directory.
+pub fn image_at(image: &Path, directory: &Path) {
+    let made = Command::new("mkfs.erofs").arg(image).arg(directory).output().expect("mkfs.erofs");
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
 }
 
@@ -139,7 +145,6 @@ pub fn image(name: &str, directory: &Path) {
 pub struct Host {
     pub task: TaskClient,
     pub agent: AgentClient,
-    pub guest: Arc<Guest>,
     streams: Arc<Mutex<Streams>>,
 }
 
@@ -160,7 +165,7 @@ pub struct Stdin(pub UnixStream);
 
 impl Host {
     async fn boot() -> Self {
-        let (sender, mut receiver) = mpsc::unbounded_channel::<UnixStream>();
+        let (sender, receiver) = mpsc::unbounded_channel::<UnixStream>();
         let dial: Dial = Arc::new(move |_port| {
             let sender = sender.clone();
             Box::pin(async move {
@@ -169,13 +174,20 @@ impl Host {
                 Ok(Box::new(ours) as Box<dyn Connection>)
             })
         });
+        let guest = Guest::new(dial, env!("CARGO_BIN_EXE_nacelle-agent").into());
+        tokio::spawn(serve::run(guest));
+        Self::answer(receiver).await
+    }
+
+    /// Answers what a guest dials, and is its client.
+    pub async fn answer(mut dialled: mpsc::UnboundedReceiver<UnixStream>) -> Self {
         let streams = Arc::new(Mutex::new(Streams::default()));
         let (rpc_sender, rpc) = oneshot::channel();
         tokio::spawn({
             let streams = streams.clone();
             async move {
                 let mut rpc_sender = Some(rpc_sender);
-                while let Some(mut connection) = receiver.recv().await {
+                while let Some(mut connection) = dialled.recv().await {
                     let mut bytes = [0; PREAMBLE_LEN];
                     connection.read_exact(&mut bytes).await.expect("preamble");
                     let preamble = Preamble::decode(&bytes).expect("preamble");
@@ -195,11 +207,8 @@ impl Host {
                 }
             }
         });
-        let guest = Guest::new(dial, env!("CARGO_BIN_EXE_nacelle-agent").into());
-        tokio::spawn(serve::run(guest.clone()));
         let client = Client::new(Socket::new(rpc.await.expect("the guest dials")));
-        let _ = RPC_PORT;
-        Self { task: TaskClient::new(client.clone()), agent: AgentClient::new(client), guest, streams }
+        Self { task: TaskClient::new(client.clone()), agent: AgentClient::new(client), streams }
     }
 
     pub fn stream(&self) -> Stream {
