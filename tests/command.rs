@@ -20,9 +20,17 @@ use rustix::{
     termios::{Winsize, tcsetwinsize},
 };
 
+/// This many seconds of a machine that has nothing else to do; `NACELLE_SLOWNESS` says how much longer they are here.
+pub fn seconds(count: u64) -> Duration {
+    let slowness = std::env::var("NACELLE_SLOWNESS").map_or(1, |n| n.parse().expect("NACELLE_SLOWNESS is a number"));
+    Duration::from_secs(count * slowness)
+}
+
 /// How long a command may take when the test does not say. Virtual machines may be emulated, so this is generous;
 /// deadlines that are promises of the product stand in the tests.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub fn patience() -> Duration {
+    seconds(60)
+}
 
 /// A program about to be run.
 pub struct Cmd {
@@ -34,7 +42,7 @@ pub struct Cmd {
 impl Cmd {
     /// `program`, to be found in PATH.
     pub fn new(program: impl AsRef<OsStr>) -> Self {
-        Self { command: Command::new(program), stdin: None, patience: PATIENCE }
+        Self { command: Command::new(program), stdin: None, patience: patience() }
     }
 
     /// Adds arguments.
@@ -260,8 +268,8 @@ impl Running {
         Finished {
             line: std::mem::take(&mut self.line),
             code,
-            out: std::mem::take(&mut self.out).drain(Duration::from_secs(5)),
-            err: String::from_utf8_lossy(&std::mem::take(&mut self.err).drain(Duration::from_secs(5))).into_owned(),
+            out: std::mem::take(&mut self.out).drain(seconds(5)),
+            err: String::from_utf8_lossy(&std::mem::take(&mut self.err).drain(seconds(5))).into_owned(),
             took: self.started.elapsed(),
         }
     }

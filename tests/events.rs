@@ -5,7 +5,7 @@ use std::{sync::Mutex, time::Duration};
 use serde_json::Value;
 
 use crate::{
-    command::{Running, eventually, within},
+    command::{Running, eventually, patience, within},
     node::{NAMESPACE, Node},
 };
 
@@ -43,7 +43,7 @@ impl Events {
     /// Subscribes; on return, events do arrive.
     pub fn subscribe(node: &Node) -> Self {
         let events = Self { running: node.ctr(["events"]).spawn(), tick: Mutex::new(0) };
-        within(Duration::from_secs(30), "events arrive", || {
+        within(patience(), "events arrive", || {
             let mut tick = events.tick.lock().expect("no test panics here");
             *tick += 1;
             node.ctr(["namespaces", "label", NAMESPACE, &format!("tick={tick}")]).ok();
@@ -58,15 +58,15 @@ impl Events {
     }
 
     /// Waits for the first event about a container for which `wanted` holds.
-    pub fn wait(&self, id: &str, patience: Duration, wanted: impl Fn(&Event) -> bool) -> Event {
-        eventually(patience, || self.of(id).into_iter().find(&wanted)).unwrap_or_else(|| {
-            panic!("no such event about {id} within {patience:?}; there were:\n{}", self.running.printed())
+    pub fn wait(&self, id: &str, limit: Duration, wanted: impl Fn(&Event) -> bool) -> Event {
+        eventually(limit, || self.of(id).into_iter().find(&wanted)).unwrap_or_else(|| {
+            panic!("no such event about {id} within {limit:?}; there were:\n{}", self.running.printed())
         })
     }
 
     /// Waits for the exit of a container's main process and returns its status.
-    pub fn exit_of(&self, id: &str, patience: Duration) -> u64 {
-        let event = self.wait(id, patience, |e| e.topic == "/tasks/exit" && e.fields["id"] == id);
+    pub fn exit_of(&self, id: &str, limit: Duration) -> u64 {
+        let event = self.wait(id, limit, |e| e.topic == "/tasks/exit" && e.fields["id"] == id);
         event.fields["exit_status"].as_u64().unwrap_or_default()
     }
 }

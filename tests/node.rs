@@ -14,7 +14,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{
-    command::{Cmd, Finished, PATIENCE, Running, tail},
+    command::{Cmd, Finished, Running, patience, tail},
     grpc::{self, CallError, Message},
 };
 
@@ -76,7 +76,7 @@ impl Node {
         if self.imported.borrow_mut().insert(name.to_owned()) {
             let images = env::var("NACELLE_IMAGES").unwrap_or_else(|_| "/opt/payload/images".into());
             let archive = format!("{images}/{name}.tar");
-            self.ctr(["images", "import", &archive]).within(Duration::from_secs(300)).ok();
+            self.ctr(["images", "import", &archive]).within(5 * patience()).ok();
         }
         format!("nacelle.test/{name}:latest")
     }
@@ -187,7 +187,7 @@ impl Node {
         let notify = self.path("notify.sock");
         fs::remove_file(&notify).ok();
         let ready = UnixDatagram::bind(&notify).expect("make a socket");
-        ready.set_read_timeout(Some(PATIENCE)).expect("set a deadline");
+        ready.set_read_timeout(Some(patience())).expect("set a deadline");
         let log = fs::File::options().create(true).append(true).open(self.log()).expect("open containerd's log");
         let path = env::join_paths(
             std::iter::once(self.bin.clone()).chain(env::split_paths(&env::var_os("PATH").unwrap_or_default())),
@@ -344,7 +344,7 @@ impl Container<'_> {
         let mask = Message::default().bytes(1, "spec");
         let update = Message::default().message(1, container).message(2, mask);
         let method = "/containerd.services.containers.v1.Containers/Update";
-        self.node.call(method, update, PATIENCE).unwrap_or_else(|e| panic!("update {}: {e}", self.id));
+        self.node.call(method, update, patience()).unwrap_or_else(|e| panic!("update {}: {e}", self.id));
     }
 
     /// The mounts that make its root file system.
@@ -367,7 +367,7 @@ impl Container<'_> {
             let fields = Message::default().bytes(1, &mount.kind).bytes(2, &mount.source);
             message = message.message(3, mount.options.iter().fold(fields, |fields, option| fields.bytes(4, option)));
         }
-        self.node.call("/containerd.services.tasks.v1.Tasks/Create", message, PATIENCE).map(drop)
+        self.node.call("/containerd.services.tasks.v1.Tasks/Create", message, patience()).map(drop)
     }
 
     /// `ctr tasks start FLAGS`: with `--detach`, or to the end of the task.
@@ -428,7 +428,7 @@ impl Container<'_> {
         let bytes = serde_json::to_vec(resources)?;
         let any = Message::any("types.containerd.io/opencontainers/runtime-spec/1/LinuxResources", &bytes);
         let message = Message::default().bytes(1, &self.id).message(2, any);
-        self.node.call("/containerd.services.tasks.v1.Tasks/Update", message, PATIENCE).map(drop)
+        self.node.call("/containerd.services.tasks.v1.Tasks/Update", message, patience()).map(drop)
     }
 
     /// `ctr tasks attach` in the background.
@@ -446,7 +446,7 @@ impl Container<'_> {
     /// Kills the task with SIGKILL, waits for its end, and deletes task and container.
     pub fn remove(self) {
         self.kill("KILL");
-        let code = self.wait(PATIENCE).unwrap_or_else(|e| panic!("wait for {}: {e}", self.id));
+        let code = self.wait(patience()).unwrap_or_else(|e| panic!("wait for {}: {e}", self.id));
         assert_eq!(code, 137, "exit code of {} after SIGKILL", self.id);
         self.delete();
     }

@@ -21,7 +21,7 @@ use containerd_shim_protos::{
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 
 use crate::{
-    command::{Cmd, Finished, PATIENCE},
+    command::{Cmd, Finished, patience},
     node::{NAMESPACE, Node},
 };
 
@@ -131,7 +131,7 @@ impl Shim {
     ) -> Result<T, (Code, String)> {
         let client = self.client.borrow();
         let client = client.as_ref().expect("the shim was started");
-        call(client, context::with_duration(PATIENCE)).map_err(|error| match error {
+        call(client, context::with_duration(patience())).map_err(|error| match error {
             ttrpc::Error::RpcStatus(status) => (status.code(), status.message),
             other => (Code::UNKNOWN, other.to_string()),
         })

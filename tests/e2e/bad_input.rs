@@ -5,11 +5,11 @@ use std::{
     fs::{self, File},
     io::{Seek, SeekFrom, Write},
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use nacelle_tests::{
-    command::Cmd,
+    command::{Cmd, seconds},
     node::{BUSYBOX, Mount, Node},
 };
 
@@ -119,7 +119,7 @@ fn a_guest_that_never_answers(node: &Node) {
     let configured = node.configure(&format!("vm.kernel = {kernel:?}\nvm.boot_timeout_seconds = 3"));
     let started = Instant::now();
     refused(node, &["3 s"]);
-    assert!(started.elapsed() < Duration::from_secs(20), "refused after {:?}", started.elapsed());
+    assert!(started.elapsed() < seconds(20), "refused after {:?}", started.elapsed());
     drop(configured);
     works(node);
 }

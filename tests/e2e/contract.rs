@@ -4,7 +4,6 @@
 use std::{
     fs::{self, File},
     io::{Read, Write},
-    time::Duration,
 };
 
 use containerd_shim_protos::{
@@ -16,7 +15,7 @@ use containerd_shim_protos::{
     ttrpc::Code,
 };
 use nacelle_tests::{
-    command::{Cmd, PATIENCE, within},
+    command::{Cmd, patience, seconds, within},
     node::{BUSYBOX, Container, Node},
     shim::Shim,
 };
@@ -131,7 +130,7 @@ fn a_life_with_refusals(node: &Node) {
     assert_eq!((deleted.exit_status, deleted.pid), (137, created.pid));
     assert_eq!(refusal(shim.call(|task, ctx| task.delete(ctx, &delete(&shim)))), Code::NOT_FOUND);
     let life = ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"];
-    within(PATIENCE, "all events arrive", || (shim.topics().len() >= life.len()).then_some(()));
+    within(patience(), "all events arrive", || (shim.topics().len() >= life.len()).then_some(()));
     assert_eq!(shim.topics(), life);
     shutdown(&shim);
     c.delete();
@@ -197,7 +196,7 @@ fn delete_after_a_crash(node: &Node) {
     // containerd gives the action 5 s, and may call it again.
     for _ in 0..2 {
         let deleted = shim.action(node, "delete", Vec::new()).expect(0);
-        assert!(deleted.took < Duration::from_secs(5), "{deleted}");
+        assert!(deleted.took < seconds(5), "{deleted}");
         let response = DeleteResponse::parse_from_bytes(&deleted.out).unwrap_or_else(|e| panic!("{e}: {deleted}"));
         assert_eq!(response.exit_status, 137);
     }

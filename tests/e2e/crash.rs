@@ -8,7 +8,7 @@ use std::{
 };
 
 use nacelle_tests::{
-    command::{PATIENCE, eventually, within},
+    command::{eventually, patience, seconds, within},
     events::Events,
     node::{BUSYBOX, Container, Node},
 };
@@ -30,7 +30,9 @@ pub const CASES: &[Case] = &[
 ];
 
 /// How long anybody may wait for news of a death.
-const LIMIT: Duration = Duration::from_secs(5);
+fn limit() -> Duration {
+    seconds(5)
+}
 
 /// Computes and writes for ever.
 const BUSY: &[&str] = &["sh", "-c", "while :; do dd if=/dev/urandom of=/tmp/noise bs=64k count=16 2>/dev/null; done"];
@@ -71,15 +73,15 @@ fn kill_shim(id: &str) {
 fn machine_dies(node: &Node, container: &Container, death: impl FnOnce()) {
     let events = Events::subscribe(node);
     let exec = container.exec(&[], &["sh", "-c", "echo ready; while :; do echo tick; sleep 0.1; done"]).spawn();
-    exec.sees("ready", PATIENCE);
+    exec.sees("ready", patience());
     death();
-    events.wait(container.id(), LIMIT, |e| e.topic == "/tasks/exit" && e.fields["id"] == container.id());
-    let exec = exec.wait(PATIENCE + LIMIT);
+    events.wait(container.id(), limit(), |e| e.topic == "/tasks/exit" && e.fields["id"] == container.id());
+    let exec = exec.wait(patience() + limit());
     assert_ne!(exec.code, 0, "an exec in a machine that died: {exec}");
-    let code = container.wait(LIMIT).expect("wait");
+    let code = container.wait(limit()).expect("wait");
     assert_ne!(code, 0, "exit code of a task whose machine died");
     assert_eq!(container.state().as_deref(), Some("STOPPED"));
-    let late = container.exec(&[], &["true"]).within(LIMIT + LIMIT).run();
+    let late = container.exec(&[], &["true"]).within(limit() + limit()).run();
     assert_ne!(late.code, 0, "an exec in a machine that is dead: {late}");
 }
 
@@ -102,7 +104,7 @@ fn of_the_agent(node: &Node) {
     let script = "set -e; range=$(awk '$2 ~ /x/ { print $1; exit }' /proc/1/maps); start=$((0x${range%-*} / 4096)); \
                   end=$((0x${range#*-} / 4096)); \
                   dd if=/dev/zero of=/proc/1/mem bs=4096 seek=$start count=$((end - start)) conv=notrunc 2>&1";
-    machine_dies(node, &c, || drop(c.exec(&[], &["sh", "-c", script]).spawn().wait(PATIENCE)));
+    machine_dies(node, &c, || drop(c.exec(&[], &["sh", "-c", script]).spawn().wait(patience())));
     c.delete();
 }
 
@@ -110,9 +112,9 @@ fn of_the_vmm_while_it_boots(node: &Node) {
     let id = node.fresh_id();
     let c = node.adopt(&id);
     let run = node.run_as(&id, &[], BUSYBOX, &["sleep", "1000"]).spawn();
-    within(PATIENCE, "a VMM runs", || (!processes("nacelle-vmm").is_empty()).then_some(()));
+    within(patience(), "a VMM runs", || (!processes("nacelle-vmm").is_empty()).then_some(()));
     kill("nacelle-vmm");
-    run.wait(PATIENCE).expect_failure(&["VMM"]);
+    run.wait(patience()).expect_failure(&["VMM"]);
     c.delete();
 }
 
@@ -121,9 +123,9 @@ fn of_the_shim(node: &Node) {
     // containerd deletes the task itself, so no client would remove FIFOs.
     let c = node.detached(&["--null-io"], BUSYBOX, BUSY);
     kill_shim(c.id());
-    assert_eq!(events.exit_of(c.id(), LIMIT), 137);
-    events.wait(c.id(), LIMIT, |e| e.topic == "/tasks/delete");
-    let gone = eventually(LIMIT, || c.state().is_none().then_some(()));
+    assert_eq!(events.exit_of(c.id(), limit()), 137);
+    events.wait(c.id(), limit(), |e| e.topic == "/tasks/delete");
+    let gone = eventually(limit(), || c.state().is_none().then_some(()));
     assert!(gone.is_some(), "containerd still lists the task");
     c.delete();
 }
@@ -134,7 +136,7 @@ fn lines(path: &Path) -> usize {
 
 fn grows(path: &Path) {
     let before = lines(path);
-    within(PATIENCE, "the log grows", || (lines(path) > before + 2).then_some(()));
+    within(patience(), "the log grows", || (lines(path) > before + 2).then_some(()));
 }
 
 fn of_containerd(node: &Node) {
@@ -154,12 +156,12 @@ fn of_containerd(node: &Node) {
     grows(&log);
     let mut attached = echo.attach();
     attached.write(b"word\n");
-    attached.sees("got-word", PATIENCE);
+    attached.sees("got-word", patience());
     drop(attached);
     let events = Events::subscribe(node);
     let id = logged.id().to_owned();
     logged.remove();
-    assert_eq!(events.exit_of(&id, LIMIT), 137);
+    assert_eq!(events.exit_of(&id, limit()), 137);
     echo.remove();
 }
 
@@ -171,10 +173,10 @@ fn of_containerd_before_the_task_exits(node: &Node) {
     let c = node.detached(&["--null-io", "--mount", &mount], BUSYBOX, &["sh", "-c", script]);
     node.kill_containerd();
     fs::write(marker.join("go"), "").expect("write a file");
-    within(PATIENCE, "the task ends", || marker.join("gone").exists().then_some(()));
+    within(patience(), "the task ends", || marker.join("gone").exists().then_some(()));
     node.start_containerd();
     // A task without processes may be gone after a restart; it must not be there with another status.
-    match c.wait(LIMIT) {
+    match c.wait(limit()) {
         Ok(code) => assert_eq!(code, 6),
         Err(error) => assert!(error.to_string().contains("not found"), "{error}"),
     }
@@ -185,12 +187,12 @@ fn of_the_client(node: &Node) {
     let id = node.fresh_id();
     let c = node.adopt(&id);
     let mut run = node.run_as(&id, &[], BUSYBOX, &["sh", "-c", "while :; do echo tick; sleep 0.1; done"]).spawn();
-    run.sees("tick", PATIENCE);
+    run.sees("tick", patience());
     run.write(b"never read\n");
     run.signal(Signal::KILL);
-    run.wait(PATIENCE).expect(137);
+    run.wait(patience()).expect(137);
     assert_eq!(c.state().as_deref(), Some("RUNNING"));
     assert_eq!(c.sh("echo alive"), "alive");
-    c.attach().sees("tick", PATIENCE);
+    c.attach().sees("tick", patience());
     c.remove();
 }

@@ -1,7 +1,7 @@
 //! The events that containerd passes on: each once, and in their order.
 
 use nacelle_tests::{
-    command::PATIENCE,
+    command::patience,
     events::Events,
     node::{BUSYBOX, Node},
 };
@@ -17,7 +17,7 @@ pub const CASES: &[Case] = &[
 fn lived(node: &Node, events: &Events, id: &str, topics: &[&str]) {
     // runc's shim of containerd 2 may end before it has said that it deleted the task.
     let last = if node.is_nacelle() { "/tasks/delete" } else { "/tasks/exit" };
-    events.wait(id, PATIENCE, |e| e.topic == last && (last == "/tasks/delete" || e.fields["id"] == id));
+    events.wait(id, patience(), |e| e.topic == last && (last == "/tasks/delete" || e.fields["id"] == id));
     let mut seen: Vec<_> = events.of(id).into_iter().map(|e| e.topic.replace("/tasks/", "")).collect();
     if !node.is_nacelle() && seen.last().is_some_and(|topic| topic == "exit") {
         seen.push("delete".into());

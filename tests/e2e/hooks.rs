@@ -3,7 +3,7 @@
 use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf};
 
 use nacelle_tests::{
-    command::{PATIENCE, within},
+    command::{patience, within},
     node::{BUSYBOX, Node},
 };
 use serde_json::{Value, json};
@@ -52,7 +52,7 @@ fn get_the_state_of_the_container(node: &Node) {
     assert_eq!(state["pid"], c.pid(), "the pid of the state is that of the task");
     assert!(!stopped.exists());
     c.remove();
-    let record = within(PATIENCE, "the poststop hook ran", || fs::read_to_string(&stopped).ok());
+    let record = within(patience(), "the poststop hook ran", || fs::read_to_string(&stopped).ok());
     assert!(record.contains("stopped"), "{record}");
 }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use nacelle_tests::{
-    command::{PATIENCE, within},
+    command::{patience, within},
     node::{BUSYBOX, Node},
 };
 use serde_json::json;
@@ -70,27 +70,27 @@ fn kill_reaches_task_and_exec(node: &Node) {
     for (signal, code) in [("TERM", 143), ("KILL", 137)] {
         let exec_id = format!("sleep-{signal}");
         let exec = c.exec_as(&exec_id, &[], &["sh", "-c", "echo ready; exec sleep 1000"]).spawn();
-        exec.sees("ready", PATIENCE);
+        exec.sees("ready", patience());
         node.ctr(["tasks", "kill", "-s", signal, "--exec-id", &exec_id, c.id()]).ok();
-        exec.wait(PATIENCE).expect(code);
+        exec.wait(patience()).expect(code);
     }
     c.kill("TERM");
-    assert_eq!(c.wait(PATIENCE).expect("wait"), 143);
+    assert_eq!(c.wait(patience()).expect("wait"), 143);
     c.delete();
 
     let c = node.detached(&[], BUSYBOX, UNTIL_TERM);
     c.kill("KILL");
-    assert_eq!(c.wait(PATIENCE).expect("wait"), 137);
+    assert_eq!(c.wait(patience()).expect("wait"), 137);
     c.delete();
 }
 
 fn kill_all_reaches_every_process(node: &Node) {
     let c = node.detached(&[], BUSYBOX, &["sleep", "1000"]);
     let exec = c.exec(&[], &["sh", "-c", "echo ready; exec sleep 1000"]).spawn();
-    exec.sees("ready", PATIENCE);
+    exec.sees("ready", patience());
     node.ctr(["tasks", "kill", "--all", "-s", "KILL", c.id()]).ok();
-    exec.wait(PATIENCE).expect(137);
-    assert_eq!(c.wait(PATIENCE).expect("wait"), 137);
+    exec.wait(patience()).expect(137);
+    assert_eq!(c.wait(patience()).expect("wait"), 137);
     c.delete();
 }
 
@@ -99,14 +99,14 @@ fn pause_stops_the_clock_of_the_task(node: &Node) {
     let ticker = "while :; do cut -d' ' -f1 /proc/uptime; sleep 0.05; done >/tmp/ticks";
     let c = node.detached(&[], BUSYBOX, &["sh", "-c", ticker]);
     let ticks = || c.sh("cat /tmp/ticks").lines().filter_map(|line| line.parse::<f64>().ok()).collect::<Vec<_>>();
-    within(PATIENCE, "the task ticks", || (ticks().len() > 2).then_some(()));
+    within(patience(), "the task ticks", || (ticks().len() > 2).then_some(()));
     node.ctr(["tasks", "pause", c.id()]).ok();
     assert_eq!(c.state().as_deref(), Some("PAUSED"));
     std::thread::sleep(PAUSE);
     node.ctr(["tasks", "resume", c.id()]).ok();
     assert_eq!(c.state().as_deref(), Some("RUNNING"));
     let resumed = ticks().len();
-    within(PATIENCE, "the task ticks on", || (ticks().len() > resumed).then_some(()));
+    within(patience(), "the task ticks on", || (ticks().len() > resumed).then_some(()));
     let ticks = ticks();
     let gap = ticks.windows(2).map(|pair| pair[1] - pair[0]).fold(0.0, f64::max);
     assert!(gap >= PAUSE.as_secs_f64(), "the longest gap is {gap:.2} s");
@@ -135,8 +135,8 @@ fn list_ps_metrics_and_update(node: &Node) {
 
 fn wait_and_delete(node: &Node) {
     let c = node.detached(&[], BUSYBOX, &["sh", "-c", "exit 3"]);
-    assert_eq!(c.wait(PATIENCE).expect("wait"), 3);
-    assert_eq!(c.wait(PATIENCE).expect("wait again, after the exit"), 3);
+    assert_eq!(c.wait(patience()).expect("wait"), 3);
+    assert_eq!(c.wait(patience()).expect("wait again, after the exit"), 3);
     assert_eq!(c.state().as_deref(), Some("STOPPED"));
     c.delete().expect(0);
 }
@@ -146,7 +146,7 @@ fn a_created_task_can_be_killed(node: &Node) {
     c.create_task(&c.mounts()).expect("create a task");
     assert_eq!(c.state().as_deref(), Some("CREATED"));
     c.kill("KILL");
-    assert_eq!(c.wait(PATIENCE).expect("wait"), 137);
+    assert_eq!(c.wait(patience()).expect("wait"), 137);
     c.delete();
 }
 
@@ -154,11 +154,11 @@ fn wrong_states_are_refused(node: &Node) {
     let c = node.detached(&[], BUSYBOX, &["sleep", "1000"]);
     node.ctr(["tasks", "delete", c.id()]).run().expect_failure(&[]);
     let exec = c.exec_as("twice", &[], &["sh", "-c", "echo ready; exec sleep 1000"]).spawn();
-    exec.sees("ready", PATIENCE);
+    exec.sees("ready", patience());
     c.exec_as("twice", &[], &["true"]).run().expect_failure(&["already exists"]);
     c.kill("KILL");
-    exec.wait(PATIENCE).expect(137);
-    c.wait(PATIENCE).expect("wait");
+    exec.wait(patience()).expect(137);
+    c.wait(patience()).expect("wait");
     node.ctr(["tasks", "kill", "-s", "KILL", c.id()]).run().expect_failure(&["not found"]);
     c.exec(&[], &["true"]).run().expect_failure(&[]);
     c.delete();
@@ -169,7 +169,7 @@ fn many_execs_at_once(node: &Node) {
     let script = |n: u32| format!("echo {n}; exit {n}");
     let execs: Vec<_> = (1..=8).map(|n| (n, c.exec(&[], &["sh", "-c", &script(n)]).spawn())).collect();
     for (n, exec) in execs {
-        assert_eq!(exec.wait(PATIENCE).expect(n.cast_signed()).text(), n.to_string());
+        assert_eq!(exec.wait(patience()).expect(n.cast_signed()).text(), n.to_string());
     }
     c.remove();
 }

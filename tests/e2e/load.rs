@@ -1,9 +1,9 @@
 //! Many containers, at once and one after the other.
 
-use std::{fs, time::Duration};
+use std::fs;
 
 use nacelle_tests::{
-    command::PATIENCE,
+    command::{patience, seconds},
     node::{BUSYBOX, Node},
 };
 
@@ -20,7 +20,7 @@ fn eight_at_once(node: &Node) {
         .map(|n| (n, node.run(&["--rm"], BUSYBOX, &["sh", "-c", &format!("echo {n}; sleep 1; exit {n}")]).spawn()))
         .collect();
     for (n, run) in runs {
-        assert_eq!(run.wait(PATIENCE * 3).expect(n).text(), n.to_string());
+        assert_eq!(run.wait(patience() * 3).expect(n).text(), n.to_string());
     }
 }
 
@@ -52,7 +52,7 @@ fn a_shim_does_not_grow(node: &Node) {
     let some_execs = || {
         for _ in 0..25 {
             let exec = c.exec(&[], &["sh", "-c", "dd if=/dev/zero bs=64k count=16 2>/dev/null"]);
-            assert_eq!(exec.within(Duration::from_secs(30)).ok().out.len(), 1 << 20);
+            assert_eq!(exec.within(seconds(30)).ok().out.len(), 1 << 20);
         }
         shim_memory(c.id())
     };

@@ -2,7 +2,8 @@
 //! Needs root and a usable `/dev/kvm`, so it is not part of a plain `cargo test`; `hack/test` runs it in the testbed.
 //!
 //! Environment: `NACELLE_CONTAINERD` (`1.7` or `2.1`), `NACELLE_CONTAINERD_BIN` (directory of the binaries instead),
-//! `NACELLE_RUNTIME` (the runtime under test), `NACELLE_IMAGES` (directory of the image archives), `NACELLE_E2E_DIR`.
+//! `NACELLE_RUNTIME` (the runtime under test), `NACELLE_IMAGES` (directory of the image archives), `NACELLE_E2E_DIR`,
+//! `NACELLE_SLOWNESS` (how much slower than an idle machine this one is).
 //!
 //! The harness is libtest-mimic, as two things are beyond the standard one: containerd must end with the tests, and
 //! what is ignored depends on the runtime. Every test must leave the node as it found it; the harness looks.
@@ -26,7 +27,7 @@ use std::{
 };
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use nacelle_tests::{leftovers::Leftovers, node::Node};
+use nacelle_tests::{command::seconds, leftovers::Leftovers, node::Node};
 
 /// One test.
 pub struct Case {
@@ -62,7 +63,9 @@ const THEMES: &[(&str, &[Case])] = &[
 ];
 
 /// How long after a test the last of it may still be there.
-const GRACE: Duration = Duration::from_secs(5);
+fn grace() -> Duration {
+    seconds(5)
+}
 
 /// The node, started by the first test that runs; the lock lets one test run at a time.
 static NODE: Mutex<Option<Node>> = Mutex::new(None);
@@ -83,7 +86,7 @@ fn main() -> ExitCode {
     for (time, name) in times.iter().rev().take(10) {
         println!("{:7.1} s  {name}", time.as_secs_f64());
     }
-    let left = Leftovers::since(&clean, &[], GRACE);
+    let left = Leftovers::since(&clean, &[], grace());
     if left.is_empty() {
         conclusion.exit_code()
     } else {
@@ -118,7 +121,7 @@ fn run(case: &'static Case, name: String) -> Result<(), Failed> {
     let result = panic::catch_unwind(AssertUnwindSafe(|| (case.run)(node)));
     TIMES.lock().expect("nothing panics here").push((started.elapsed(), name));
 
-    let left = Leftovers::since(&before, &node.watched(), GRACE);
+    let left = Leftovers::since(&before, &node.watched(), grace());
     let containers = node.ctr(["containers", "list", "-q"]).run().text();
     let mut failure = String::new();
     if let Err(panic) = &result {

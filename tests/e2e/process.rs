@@ -1,9 +1,9 @@
 //! What a process finds when it starts: everything the OCI spec says about it.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
 
 use nacelle_tests::{
-    command::PATIENCE,
+    command::patience,
     events::Events,
     node::{BUSYBOX, Node},
 };
@@ -159,8 +159,8 @@ fn devices_and_pseudo_file_systems(node: &Node) {
 fn out_of_memory_is_reported(node: &Node) {
     let events = Events::subscribe(node);
     let c = node.detached(&["--memory-limit", "33554432"], BUSYBOX, &["probe", "alloc", "200"]);
-    assert_eq!(c.wait(PATIENCE).expect("wait"), 137);
-    assert_eq!(events.exit_of(c.id(), PATIENCE), 137);
+    assert_eq!(c.wait(patience()).expect("wait"), 137);
+    assert_eq!(events.exit_of(c.id(), patience()), 137);
     let topics: Vec<_> = events.of(c.id()).into_iter().map(|e| e.topic).collect();
     let place = |topic| topics.iter().position(|t| t == topic);
     assert!(place("/tasks/oom").is_some() && place("/tasks/oom") < place("/tasks/exit"), "{topics:?}");
@@ -171,7 +171,7 @@ fn out_of_memory_of_an_exec_spares_the_task(node: &Node) {
     let events = Events::subscribe(node);
     let c = node.detached(&["--memory-limit", "67108864"], BUSYBOX, &["sleep", "1000"]);
     c.exec(&[], &["probe", "alloc", "200"]).run().expect(137);
-    events.wait(c.id(), PATIENCE, |e| e.topic == "/tasks/oom");
+    events.wait(c.id(), patience(), |e| e.topic == "/tasks/oom");
     assert_eq!(c.sh("echo alive"), "alive");
     c.remove();
 }
@@ -188,8 +188,8 @@ fn orphans_are_reaped(node: &Node) {
     let events = Events::subscribe(node);
     // The grandchild outlives its parent, and the container's first process outlives both.
     let c = node.detached(&[], BUSYBOX, &["sh", "-c", "(sleep 0.2 & true); sleep 1; exit 9"]);
-    assert_eq!(c.wait(PATIENCE).expect("wait"), 9);
-    events.wait(c.id(), Duration::from_secs(10), |e| e.topic == "/tasks/exit");
+    assert_eq!(c.wait(patience()).expect("wait"), 9);
+    events.wait(c.id(), patience(), |e| e.topic == "/tasks/exit");
     let exits = events.of(c.id()).iter().filter(|e| e.topic == "/tasks/exit").count();
     assert_eq!(exits, 1, "orphans have no exit events");
     c.delete();

@@ -3,7 +3,7 @@
 use std::{fs, os::unix::fs::MetadataExt};
 
 use nacelle_tests::{
-    command::PATIENCE,
+    command::patience,
     node::{BUSYBOX, Node},
 };
 use serde_json::json;
@@ -107,7 +107,7 @@ fn tmpfs_mount(node: &Node) {
 /// Every layer's own file is there, and of the file that all of them have, the topmost.
 fn layers(node: &Node, count: usize) {
     let image = node.image(&format!("layers-{count}"));
-    let run = node.run(&["--rm"], &image, &["sh", "-c", "cat /layer-top; cat /layers/*"]).within(PATIENCE * 3).ok();
+    let run = node.run(&["--rm"], &image, &["sh", "-c", "cat /layer-top; cat /layers/*"]).within(patience() * 3).ok();
     let text = run.text();
     let expected: Vec<_> = std::iter::once(count).chain(2..=count).map(|n| n.to_string()).collect();
     assert_eq!(text.lines().collect::<Vec<_>>(), expected);
@@ -124,7 +124,7 @@ fn a_hundred_layers(node: &Node) {
 fn a_distribution(node: &Node) {
     // Its command looks at every kind of file, at whiteouts and at opaque directories.
     let image = node.image("debian-python");
-    let text = node.run(&["--rm"], &image, &[]).within(PATIENCE * 3).ok().text();
+    let text = node.run(&["--rm"], &image, &[]).within(patience() * 3).ok().text();
     assert!(text.contains("hello from the app layer: python 3"), "{text}");
     assert!(text.lines().filter(|line| line.starts_with("ok ")).count() >= 12, "{text}");
 }

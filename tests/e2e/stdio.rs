@@ -8,7 +8,7 @@ use std::{
 };
 
 use nacelle_tests::{
-    command::{PATIENCE, Running, eventually, within},
+    command::{Running, eventually, patience, seconds, within},
     events::Events,
     node::{BUSYBOX, NAMESPACE, Node},
 };
@@ -53,7 +53,7 @@ fn digest(bytes: &[u8]) -> u64 {
 
 fn twenty_mebibytes_through_stdin(node: &Node) {
     let sent = noise(20 * MIB);
-    let run = node.run(&["--rm"], BUSYBOX, &["cat"]).stdin(sent.clone()).within(Duration::from_secs(180)).ok();
+    let run = node.run(&["--rm"], BUSYBOX, &["cat"]).stdin(sent.clone()).within(3 * patience()).ok();
     assert_eq!((run.out.len(), digest(&run.out)), (sent.len(), digest(&sent)), "length and digest of what came back");
 }
 
@@ -73,10 +73,10 @@ fn a_burst_before_exit_is_not_lost(node: &Node) {
 fn stdin_closes_while_stdout_stays(node: &Node) {
     let mut run = node.run(&["--rm"], BUSYBOX, &["sh", "-c", "cat; echo closed; sleep 1; echo late"]).spawn();
     run.write(b"first\n");
-    run.sees("first\n", PATIENCE);
+    run.sees("first\n", patience());
     assert!(!run.printed().contains("closed"), "stdin was closed before its writer closed it");
     run.close_stdin();
-    let run = run.wait(PATIENCE).expect(0);
+    let run = run.wait(patience()).expect(0);
     assert_eq!(run.text(), "first\nclosed\nlate");
 }
 
@@ -94,13 +94,13 @@ fn a_reader_that_stops_holds_up_nobody_else(node: &Node) {
     let events = Events::subscribe(node);
     // Nobody reads this one's FIFO: ctr is stopped, as soon as it is not in the middle of a call.
     let stuck = c.exec_as("stuck", &[], &["sh", "-c", "echo ready; exec cat /dev/zero"]).spawn();
-    stuck.sees("ready", PATIENCE);
-    events.wait(c.id(), PATIENCE, |e| e.topic == "/tasks/exec-started");
+    stuck.sees("ready", patience());
+    events.wait(c.id(), patience(), |e| e.topic == "/tasks/exec-started");
     stuck.signal(Signal::STOP);
-    assert_eq!(c.exec(&[], &["echo", "still here"]).within(Duration::from_secs(30)).ok().text(), "still here");
+    assert_eq!(c.exec(&[], &["echo", "still here"]).within(seconds(30)).ok().text(), "still here");
     node.ctr(["tasks", "kill", "-s", "KILL", "--exec-id", "stuck", c.id()]).ok();
     stuck.signal(Signal::CONT);
-    stuck.wait(PATIENCE).expect(137);
+    stuck.wait(patience()).expect(137);
     c.remove();
 }
 
@@ -109,36 +109,36 @@ fn terminal_of_a_task(node: &Node) {
     let script = "test -t 0 && test -t 1 && echo is-a-terminal; trap 'stty size' WINCH; echo ready; \
                   while :; do read -r line; echo got-$line; [ \"$line\" = end ] && exit 7; done";
     let mut run = node.run(&["--rm", "-t"], BUSYBOX, &["sh", "-c", script]).spawn_on_terminal(91, 37);
-    run.sees("is-a-terminal", PATIENCE);
-    run.sees("ready", PATIENCE);
+    run.sees("is-a-terminal", patience());
+    run.sees("ready", patience());
     run.write(b"first\n");
-    run.sees("got-first", PATIENCE);
+    run.sees("got-first", patience());
     resize(&run, "41 101");
     run.write(b"end\n");
-    run.wait(PATIENCE).expect(7);
+    run.wait(patience()).expect(7);
 }
 
 fn terminal_of_an_exec(node: &Node) {
     let c = node.detached(&[], BUSYBOX, &["sleep", "1000"]);
     let mut exec = c.exec(&["-t"], &["sh"]).spawn_on_terminal(91, 37);
     exec.write(b"test -t 1 && echo is-a-$((1))-terminal\n");
-    exec.sees("is-a-1-terminal", PATIENCE);
+    exec.sees("is-a-1-terminal", patience());
     // The terminal echoes the command, but not its output.
     exec.write(b"until [ \"$(stty size)\" = '41 101' ]; do sleep 0.1; done; echo size-$((2))\n");
     resize(&exec, "size-2");
     // The interrupt character reaches the foreground process of the terminal, not the shell.
     exec.write(b"sh -c 'echo sleeping-$((1)); sleep 1000'\n");
-    exec.sees("sleeping-1", PATIENCE);
+    exec.sees("sleeping-1", patience());
     exec.write(b"\x03");
     exec.write(b"echo interrupted-$((3)); exit 5\n");
-    exec.sees("interrupted-3", PATIENCE);
-    exec.wait(PATIENCE).expect(5);
+    exec.sees("interrupted-3", patience());
+    exec.wait(patience()).expect(5);
     c.remove();
 }
 
 /// Changes the size to 101 × 41 until `text` is printed: ctr listens for changes only some time after the start.
 fn resize(running: &Running, text: &str) {
-    within(PATIENCE, text, || {
+    within(patience(), text, || {
         running.resize(101, 41);
         eventually(Duration::from_millis(500), || running.printed().contains(text).then_some(()))
     });
@@ -148,12 +148,12 @@ fn attach_to_a_task(node: &Node) {
     let c = node.detached(&[], BUSYBOX, &["sh", "-c", "while read -r line; do echo got-$line; done"]);
     let mut attached = c.attach();
     attached.write(b"one\n");
-    attached.sees("got-one", PATIENCE);
+    attached.sees("got-one", patience());
     drop(attached);
     // A client that goes away is not an end of file, and the next one takes over.
     let mut attached = c.attach();
     attached.write(b"two\n");
-    attached.sees("got-two", PATIENCE);
+    attached.sees("got-two", patience());
     drop(attached);
     c.remove();
 }
@@ -162,7 +162,7 @@ fn log_to_a_file(node: &Node) {
     let log = node.path("task.log");
     let uri = format!("file://{}", log.display());
     let c = node.detached(&["--log-uri", &uri], BUSYBOX, &["sh", "-c", "echo out; echo err >&2"]);
-    c.wait(PATIENCE).expect("wait");
+    c.wait(patience()).expect("wait");
     c.delete();
     let mut lines: Vec<_> = fs::read_to_string(&log).expect("read the log").lines().map(str::to_owned).collect();
     lines.sort();
@@ -179,11 +179,12 @@ fn log_to_a_program(node: &Node) {
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("make the logger executable");
     let uri = format!("binary://{}?to={}", program.display(), log.display());
     let c = node.detached(&["--log-uri", &uri], BUSYBOX, &["sh", "-c", "echo a; echo b >&2; seq 10000"]);
-    c.wait(PATIENCE).expect("wait");
+    c.wait(patience()).expect("wait");
     let id = c.id().to_owned();
     c.delete();
-    let log =
-        within(PATIENCE, "the logger ends", || fs::read_to_string(&log).ok().filter(|text| text.contains("complete")));
+    let log = within(patience(), "the logger ends", || {
+        fs::read_to_string(&log).ok().filter(|text| text.contains("complete"))
+    });
     assert_eq!(log.lines().next(), Some(format!("to {} {id}", NAMESPACE).as_str()), "arguments and environment");
     assert!(log.contains("out:a\n") && log.contains("err:b\n"), "{log}");
     assert_eq!(log.lines().filter(|line| line.starts_with("out:")).count(), 10_001, "lines of stdout");
