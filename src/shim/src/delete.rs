@@ -21,8 +21,8 @@ use crate::publisher::{now_ns, timestamp};
 use crate::sandbox::KILLED;
 use crate::state::{Dirs, RUN_ROOT, State};
 
-/// How long a VMM may take to die.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a process may take to end.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Runs the action; returns the reply.
 ///
@@ -56,6 +56,10 @@ fn remove_sandbox(run_root: &Path, namespace: &SandboxId, sandbox: &SandboxId) -
     // Damage is no reason to leave the rest: the lifeline has ended the VMM when its shim died.
     let state = State::read(&dirs(Path::new("/"))).unwrap_or_default().unwrap_or_default();
     let data = if state.data_dir.as_os_str().is_empty() { default() } else { state.data_dir };
+    // It lives where containerd has given up on it, such as in the middle of a Create: nobody else would end it.
+    if let Some(shim) = state.shim {
+        shim.end(PATIENCE)?;
+    }
     if let Some(vmm) = state.vmm {
         vmm.kill(PATIENCE)?;
     }
@@ -80,14 +84,20 @@ mod tests {
         let (namespace, sandbox) = (id("default"), id("s1"));
         let dirs = Dirs::new(&run, &data, &namespace, &sandbox);
         dirs.create().expect("create");
-        let mut vmm = std::process::Command::new("sleep").arg("60").spawn().expect("spawn");
+        let sleep = || std::process::Command::new("sleep").arg("60").spawn().expect("spawn");
+        let (mut shim, mut vmm) = (sleep(), sleep());
         let socket = root.path().join("socket");
         fs::write(&socket, b"").expect("write");
-        let state =
-            State { vmm: Process::find(vmm.id()), cgroups: Vec::new(), data_dir: data.clone(), socket: socket.clone() };
+        let state = State {
+            shim: Process::find(shim.id()),
+            vmm: Process::find(vmm.id()),
+            cgroups: Vec::new(),
+            data_dir: data.clone(),
+            socket: socket.clone(),
+        };
         state.write(&dirs).expect("write");
         assert_eq!(remove_sandbox(&run, &namespace, &sandbox).expect("remove"), vmm.id());
-        assert!(!vmm.wait().expect("wait").success());
+        assert!(!shim.wait().expect("wait").success() && !vmm.wait().expect("wait").success());
         assert!(!socket.exists() && State::read(&dirs).expect("read").is_none());
         assert_eq!(remove_sandbox(&run, &namespace, &sandbox).expect("again"), 0);
     }

@@ -227,6 +227,7 @@ impl Host {
 
     fn write_state(&self, vmm: Option<Process>) -> Result<(), StateError> {
         let state = State {
+            shim: Process::find(std::process::id()),
             vmm,
             cgroups: self.cgroups.clone(),
             data_dir: self.config.data_dir.clone(),

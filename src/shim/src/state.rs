@@ -200,6 +200,8 @@ impl Dirs {
 /// What `delete` needs to clean up after a shim that died.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
+    /// The shim.
+    pub shim: Option<Process>,
     /// The VMM, once it runs.
     pub vmm: Option<Process>,
     /// Cgroups that the shim made, innermost first.
@@ -228,11 +230,23 @@ impl Process {
         Some(Self { pid, start_time })
     }
 
+    /// Asks it to end, and kills it when it has not done so in time. See [`Process::kill`].
+    ///
+    /// # Errors
+    /// [`StateError::Unkillable`] after twice `patience`.
+    pub fn end(self, patience: Duration) -> Result<(), StateError> {
+        self.signal(Signal::TERM, patience).or_else(|_| self.kill(patience))
+    }
+
     /// Kills it and waits until it is gone. Not there, or another one by now, is success.
     ///
     /// # Errors
     /// [`StateError::Unkillable`] after `patience`.
     pub fn kill(self, patience: Duration) -> Result<(), StateError> {
+        self.signal(Signal::KILL, patience)
+    }
+
+    fn signal(self, signal: Signal, patience: Duration) -> Result<(), StateError> {
         let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else { return Ok(()) };
         let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { return Ok(()) };
         // Compared after the descriptor pins the process, so that it cannot change in between.
@@ -240,7 +254,7 @@ impl Process {
             return Ok(());
         }
         // Fails only where it is gone already, which the wait finds out.
-        let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+        let _ = pidfd_send_signal(&pidfd, signal);
         let timeout = Timespec { tv_sec: patience.as_secs() as i64, tv_nsec: patience.subsec_nanos().into() };
         match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout)) {
             Ok(n) if n > 0 => Ok(()),
