@@ -9,6 +9,7 @@ three digits; after the last one there is nothing left to wait for and QEMU is k
 
 import argparse
 import ctypes
+import json
 import os
 import selectors
 import shutil
@@ -19,7 +20,9 @@ import sys
 import time
 
 TIMEOUT, NO_ANSWER = 124, 125
-CONSOLE_TAIL_LINES = 40
+CONSOLE_TAIL_LINES = 100
+# What the kernel is asked for when time is up (sysrq): a verbose console, the processors' stacks, the blocked tasks.
+QUESTIONS, SECONDS_TO_ANSWER = "7lw", 5
 PR_SET_PDEATHSIG = 1
 
 
@@ -69,6 +72,26 @@ class Stream:
         self.sink.flush()
 
 
+class Monitor:
+    """QEMU's control socket (QMP), used for one thing."""
+
+    def __init__(self):
+        self.here, self.there = socket.socketpair()
+
+    def arguments(self):
+        return ["-chardev", f"socket,id=qmp,fd={self.there.fileno()}", "-mon", "chardev=qmp,mode=control"]
+
+    def question_kernel(self):
+        """Types the sysrq keys; the answers come on the console. The commands are few: nothing needs to read replies."""
+        commands = [{"execute": "qmp_capabilities"}]
+        for key in QUESTIONS:
+            keys = [{"type": "qcode", "data": name} for name in ("alt", "sysrq", key)]
+            commands.append({"execute": "send-key", "arguments": {"keys": keys}})
+        for command in commands:
+            self.here.sendall(json.dumps(command).encode() + b"\n")
+            time.sleep(SECONDS_TO_ANSWER / len(commands))
+
+
 def die_with_parent():
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -94,7 +117,8 @@ def run(options, unpack):
     streams = [Stream("stdout", sys.stdout.buffer, token), Stream("stderr", sys.stderr.buffer, token)]
     if unpack:
         streams.append(Stream("out", unpack.stdin, token))
-    command = list(options.qemu)
+    monitor = Monitor()
+    command = list(options.qemu) + monitor.arguments()
     for stream in streams:
         command += stream.arguments()
     deadline = time.monotonic() + options.timeout if options.timeout else None
@@ -104,14 +128,15 @@ def run(options, unpack):
             stdin=None if options.tty else subprocess.DEVNULL,
             stdout=None if options.tty else errors,
             stderr=errors,
-            pass_fds=[stream.there.fileno() for stream in streams],
+            pass_fds=[end.there.fileno() for end in (monitor, *streams)],
             preexec_fn=die_with_parent,
         )
-        for stream in streams:
-            stream.there.close()
+        for end in (monitor, *streams):
+            end.there.close()
         try:
             code = follow(streams, deadline)
         except TimeoutError:
+            monitor.question_kernel()
             complain(f"no end after {options.timeout:g} s", options.console)
             code = TIMEOUT
         finally:
@@ -126,6 +151,7 @@ def run(options, unpack):
 
 
 def complain(what, console):
+    """Says what happened, with the end of the console and of what QEMU said."""
     print(f"testbed: {what}; the end of its console:", file=sys.stderr)
     for path in (console, console + ".qemu"):
         if os.path.exists(path):

@@ -59,12 +59,19 @@ class Containerd:
         Run(["ctr", "container", "delete", pod])
         return ended
 
+    @staticmethod
+    def clear():
+        """Whatever is there goes."""
+        for container in Run(["ctr", "container", "list", "--quiet"]).output.split():
+            subprocess.run(["ctr", "task", "delete", "--force", container], capture_output=True)
+            subprocess.run(["ctr", "container", "delete", container], capture_output=True)
+
 
 class Nacelle(Containerd):
-    def __init__(self, vcpus=1, memory_mib=128, key=""):
-        config = f"/run/bench-{vcpus}-{memory_mib}{key}.toml"
+    def __init__(self, vcpus=1, memory_mib=128):
+        config = f"/run/bench-{vcpus}-{memory_mib}.toml"
         with open(config, "w") as file:
-            file.write(f"[vm]\nvcpus = {vcpus}\nmemory_mib = {memory_mib}\n")
+            file.write(f"[vm]\nvcpus = {vcpus}\nmemory_mib = {memory_mib}\nboot_timeout_seconds = 5\n")
         super().__init__("io.containerd.nacelle.v2", config)
 
     @staticmethod
@@ -86,7 +93,8 @@ class Microsandbox:
         os.makedirs(home)
         self.msb = f"{payload}/microsandbox/bin/msb"
         self.env = {**os.environ, "HOME": home}
-        self.call("load", "--input", f"{payload}/busybox.tar", "--tag", IMAGE)
+        load = ["load", "--input", f"{payload}/busybox.tar", "--tag", IMAGE]
+        Run([self.msb, *load], env=self.env, deadline_s=120)
         # The same files as a plain directory, which it serves by virtiofs.
         self.rootfs = "/var/lib/bench-rootfs"
         os.makedirs(self.rootfs)
@@ -112,3 +120,7 @@ class Microsandbox:
         stopped = self.call("stop", "--force", name)
         self.call("remove", name)
         return stopped
+
+    def clear(self):
+        for name in self.call("list", "--quiet").output.split():
+            subprocess.run([self.msb, "remove", "--force", name], env=self.env, capture_output=True)

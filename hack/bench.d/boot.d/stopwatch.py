@@ -2,6 +2,8 @@
 
 import os
 import re
+import select
+import signal
 import subprocess
 import time
 
@@ -16,14 +18,19 @@ class Failed(Exception):
 class Run:
     """A program from its start (`started`, ns) to the first byte of its output (`first`) and to its end (`total`)."""
 
-    def __init__(self, argv, env=None, want=None, deadline_s=120):
+    def __init__(self, argv, env=None, want=None, deadline_s=20):
         errors = os.memfd_create("stderr")
         self.started = time.monotonic_ns()
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=env)
-        output = os.read(process.stdout.fileno(), 1 << 16)
-        first = time.monotonic_ns()
-        output += process.stdout.read()
-        code = process.wait(deadline_s)
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=env, process_group=0
+        )
+        try:
+            select.select([process.stdout], [], [], deadline_s)
+            first = time.monotonic_ns()
+            output, _ = process.communicate(timeout=deadline_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise Failed(f"{' '.join(argv)}: no end after {deadline_s} s") from None
         end = time.monotonic_ns()
         self.first = (first - self.started) / NS_PER_MI
         self.total = (end - self.started) / NS_PER_MI
@@ -31,8 +38,8 @@ class Run:
         os.lseek(errors, 0, os.SEEK_SET)
         said = os.read(errors, 1 << 16).decode(errors="replace")
         os.close(errors)
-        if code != 0 or (want is not None and self.output.strip() != want):
-            raise Failed(f"{' '.join(argv)}: exit code {code}, {self.output!r}, {said!r}")
+        if process.returncode != 0 or (want is not None and self.output.strip() != want):
+            raise Failed(f"{' '.join(argv)}: exit code {process.returncode}, {self.output!r}, {said!r}")
 
 
 class Trace:
