@@ -6,7 +6,7 @@ use std::{
     ffi::OsStr,
     fs::File,
     io::{self, Read, Write},
-    os::{fd::OwnedFd, unix::process::ExitStatusExt},
+    os::{fd::OwnedFd, unix::fs::OpenOptionsExt, unix::process::ExitStatusExt},
     process::{Child, Command, Stdio},
     sync::{Arc, Condvar, Mutex},
     thread::{self, JoinHandle},
@@ -15,6 +15,7 @@ use std::{
 
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
+    fs::OFlags,
     process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open},
     pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
     termios::{Winsize, tcsetwinsize},
@@ -112,7 +113,10 @@ impl Cmd {
         grantpt(&terminal).and_then(|()| unlockpt(&terminal)).expect("unlock the terminal");
         let name = ptsname(&terminal, Vec::new()).expect("name the terminal");
         let path = std::path::Path::new(OsStr::new(name.to_str().expect("terminals have plain names")));
-        let end = File::options().read(true).write(true).open(path).expect("open the terminal's other end");
+        // Not as the controlling terminal: its end would hang up the tests where they lead a session.
+        let no_control = OFlags::NOCTTY.bits().cast_signed();
+        let end = File::options().read(true).write(true).custom_flags(no_control).open(path);
+        let end = end.expect("open the terminal's other end");
         tcsetwinsize(&terminal, winsize(columns, rows)).expect("set the size of the terminal");
         let copy = || Stdio::from(end.try_clone().expect("copy a descriptor"));
         self.command.stdin(copy()).stdout(copy()).stderr(copy());
