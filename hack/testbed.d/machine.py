@@ -20,7 +20,7 @@ import sys
 import time
 
 TIMEOUT, NO_ANSWER = 124, 125
-CONSOLE_TAIL_LINES = 100
+CONSOLE_TAIL_LINES = 60
 # What the kernel is asked for when time is up (sysrq): a verbose console, the processors' stacks, the blocked tasks.
 QUESTIONS, SECONDS_TO_ANSWER = "7lw", 5
 PR_SET_PDEATHSIG = 1
