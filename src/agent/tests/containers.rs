@@ -212,3 +212,43 @@ fn the_main_process_ends_last() {
         assert_eq!(traces(), [""; 0]);
     });
 }
+
+#[test]
+fn volumes_are_what_the_configuration_says() {
+    guest("volumes_are_what_the_configuration_says", |host| async move {
+        let volumes = std::path::Path::new("/run/nacelle/volumes");
+        std::fs::create_dir_all(volumes.join("data/sub")).expect("directory");
+        std::fs::write(volumes.join("hosts"), "127.0.0.1 pod\n").expect("file");
+        std::fs::write(volumes.join("data/kept"), "kept\n").expect("file");
+        // As the guest has it: what is mounted below later reaches the containers.
+        rustix::mount::mount_bind(volumes, volumes).expect("bind");
+        rustix::mount::mount_change(volumes, rustix::mount::MountPropagationFlags::SHARED).expect("shared");
+
+        let script = "cat /etc/hosts; echo x >> /etc/hosts; echo $?; cat /data/kept; touch /data/new; echo $?; \
+                      touch /ro/new; echo $?; touch /readonly; echo $?; cat /sys/fs/cgroup/cgroup.controllers >/dev/null && echo c; \
+                      read word; cat /data/sub/late";
+        let mut wanted = spec("c1", &["sh", "-c", script]);
+        wanted["root"]["readonly"] = json!(true);
+        let mounts = wanted["mounts"].as_array_mut().expect("mounts");
+        mounts.push(json!({"destination": "/etc/hosts", "type": "bind", "source": "/run/nacelle/volumes/hosts",
+                           "options": ["rbind", "rprivate", "ro"]}));
+        mounts.push(json!({"destination": "/data", "type": "bind", "source": "/run/nacelle/volumes/data",
+                           "options": ["rbind", "rslave", "rw"]}));
+        mounts.push(json!({"destination": "/ro", "type": "bind", "source": "/run/nacelle/volumes/data",
+                           "options": ["rbind", "rprivate", "ro"]}));
+        let (stdin, out) = (host.stream(), host.stream());
+        let io = Names { stdin: stdin.name.clone(), stdout: out.name.clone(), ..Names::default() };
+        host.create("c1", wanted, &["base"], io).await.expect("create");
+        host.start("c1", "").await.expect("start");
+        let mut stdin = support::Stdin(stdin.connection().await);
+        rustix::mount::mount("tmpfs", volumes.join("data/sub"), "tmpfs", rustix::mount::MountFlags::empty(), None)
+            .expect("a mount that comes later");
+        std::fs::write(volumes.join("data/sub/late"), "late\n").expect("file");
+        stdin.send_all(b"go\n", true).await;
+        assert_eq!(out.text().await, "127.0.0.1 pod\n1\nkept\n0\n1\n1\nc\nlate\n");
+        host.wait("c1", "").await;
+        host.delete("c1", "").await.expect("delete");
+        assert!(volumes.join("data/new").exists() && volumes.join("data/kept").exists(), "volumes outlive containers");
+        assert_eq!(std::fs::read_dir("/run/nacelle/containers").expect("list").count(), 0);
+    });
+}
