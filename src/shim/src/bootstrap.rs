@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 use thiserror::Error;
 
 use crate::args::Args;
-use crate::config::Origin;
+use crate::config::{Origin, PATH_ENV};
 
 /// Lets an operator ask for version 3 of the JSON reply, by the `env` of containerd's shim manager.
 pub const VERSION_ENV: &str = "NACELLE_SHIM_VERSION";
@@ -88,6 +88,7 @@ pub struct Start {
 /// [`BootstrapError`].
 pub fn parse(stdin: &[u8], args: &Args, env: impl Fn(&str) -> Option<String>) -> Result<Start, BootstrapError> {
     let params = BootstrapParams::parse_from_bytes(stdin).ok();
+    let from_env = || Origin { path: env(PATH_ENV).filter(|path| !path.is_empty()).map(PathBuf::from), body: None };
     match params {
         Some(p) if !stdin.is_empty() && p.instance_id == args.id && p.namespace == args.namespace => {
             let options = p.extensions.iter().filter_map(|e| e.value.as_ref()).find_map(|any| origin(any).transpose());
@@ -97,7 +98,7 @@ pub fn parse(stdin: &[u8], args: &Args, env: impl Fn(&str) -> Option<String>) ->
                 ttrpc_address: p.containerd_ttrpc_address,
                 grpc_address: p.containerd_grpc_address,
                 socket_dir: p.socket_dir.filter(|d| !d.is_empty()).unwrap_or_else(|| SOCKET_DIR.into()).into(),
-                origin: options.transpose()?.unwrap_or_default(),
+                origin: options.transpose()?.unwrap_or_else(from_env),
             })
         }
         // More than the two fields that an `Any` fills: a real message, but not ours.
@@ -117,7 +118,7 @@ pub fn parse(stdin: &[u8], args: &Args, env: impl Fn(&str) -> Option<String>) ->
                 grpc_address: args.address.clone(),
                 socket_dir: SOCKET_DIR.into(),
                 debug: args.debug,
-                origin: origin(&options)?.unwrap_or_default(),
+                origin: origin(&options)?.unwrap_or_else(from_env),
             })
         }
     }
@@ -228,6 +229,9 @@ mod tests {
         let start = parse(&input, &args(), no_env).expect("parse");
         assert_eq!(start.reply, Reply::Json(2));
         assert_eq!(start.origin, Origin { path: Some("/etc/n.toml".into()), body: None });
+        let env = |key: &str| (key == PATH_ENV).then(|| "/env.toml".to_owned());
+        let of = |stdin: &[u8]| parse(stdin, &args(), env).expect("parse").origin.path.expect("path");
+        assert_eq!((of(&input), of(b"")), ("/etc/n.toml".into(), "/env.toml".into()), "options win");
         let runc = Any { type_url: "containerd.runc.v1.Options".into(), ..Any::default() };
         let start = parse(&runc.write_to_bytes().expect("encode"), &args(), no_env).expect("parse");
         assert_eq!((start.reply, start.origin), (Reply::Json(2), Origin::default()));

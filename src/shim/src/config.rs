@@ -25,6 +25,9 @@ const DEFAULT_PATH: &str = "/etc/nacelle/nacelle.toml";
 /// Longest configuration that is read, in bytes.
 const MAX_LEN: u64 = 64 << 10;
 
+/// The host's virtual machines.
+pub const KVM: &str = "/dev/kvm";
+
 /// Ids that belong to one pod.
 pub const UIDS_PER_POD: u32 = 65536;
 
@@ -305,22 +308,24 @@ impl Config {
         )
     }
 
-    /// Finds the files that a VM is made of, and checks that this host can run one. `exe` is the shim's own path.
+    /// Finds the files that a VM is made of, and checks that this host can run one. `exe` is the shim's own path, `kvm`
+    /// the device.
     ///
     /// # Errors
     /// [`ConfigError`] says what is missing, where it was looked for, and what to do about it.
-    pub fn programs(&self, exe: &Path) -> Result<Programs, ConfigError> {
+    pub fn programs(&self, exe: &Path, kvm: &Path) -> Result<Programs, ConfigError> {
         let beside = exe.parent().and_then(Path::parent).map(|prefix| prefix.join("libexec/nacelle"));
         let mut libexec: Vec<PathBuf> = beside.into_iter().collect();
         libexec.extend(["/usr/local/libexec/nacelle".into(), "/usr/libexec/nacelle".into()]);
         let share: Vec<PathBuf> = vec!["/usr/local/share/nacelle".into(), "/usr/share/nacelle".into()];
-        let kernel_hint = "; an uncompressed vmlinux is needed, not a bzImage";
         let programs = Programs {
-            kernel: find("guest kernel", "kernel", self.kernel.as_deref(), &share, "vmlinux", kernel_hint)?,
-            vmm: find("VMM", "vmm", self.vmm.as_deref(), &libexec, "nacelle-vmm", "")?,
-            agent: find("agent", "agent", self.agent.as_deref(), &libexec, "nacelle-agent", "")?,
+            kernel: find("guest kernel", "kernel", self.kernel.as_deref(), &share, "vmlinux")?,
+            vmm: find("VMM", "vmm", self.vmm.as_deref(), &libexec, "nacelle-vmm")?,
+            agent: find("agent", "agent", self.agent.as_deref(), &libexec, "nacelle-agent")?,
         };
-        File::options().read(true).write(true).open("/dev/kvm").map_err(ConfigError::Kvm)?;
+        check_elf("guest kernel", &programs.kernel, "; an uncompressed vmlinux is needed, not a bzImage")?;
+        check_elf("agent", &programs.agent, "")?;
+        File::options().read(true).write(true).open(kvm).map_err(ConfigError::Kvm)?;
         Ok(programs)
     }
 }
@@ -331,22 +336,26 @@ fn find(
     configured: Option<&Path>,
     dirs: &[PathBuf],
     name: &str,
-    hint: &'static str,
 ) -> Result<PathBuf, ConfigError> {
     let candidates = match configured {
         Some(path) => vec![path.to_owned()],
         None => dirs.iter().map(|dir| dir.join(name)).collect(),
     };
-    let Some(path) = candidates.iter().find(|path| path.is_file()) else {
+    candidates.iter().find(|path| path.is_file()).cloned().ok_or_else(|| {
         let tried: Vec<_> = candidates.iter().map(|path| path.display().to_string()).collect();
-        return Err(ConfigError::Missing { what, key, tried: tried.join(" or ") });
-    };
+        ConfigError::Missing { what, key, tried: tried.join(" or ") }
+    })
+}
+
+fn check_elf(what: &'static str, path: &Path, hint: &'static str) -> Result<(), ConfigError> {
     let mut magic = [0; 4];
-    let read = File::open(path).and_then(|mut f| f.read_exact(&mut magic));
-    match read {
-        Err(e) if e.kind() != io::ErrorKind::UnexpectedEof => Err(ConfigError::Read { path: path.clone(), source: e }),
-        _ if magic == *b"\x7fELF" => Ok(path.clone()),
-        _ => Err(ConfigError::NotElf { what, path: path.clone(), hint }),
+    match File::open(path).and_then(|mut file| file.read_exact(&mut magic)) {
+        Ok(()) if magic == *b"\x7fELF" => Ok(()),
+        Ok(()) => Err(ConfigError::NotElf { what, path: path.to_owned(), hint }),
+        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
+            Err(ConfigError::NotElf { what, path: path.to_owned(), hint })
+        }
+        Err(source) => Err(ConfigError::Read { path: path.to_owned(), source }),
     }
 }
 
@@ -405,12 +414,20 @@ mod tests {
         let kernel = dir.path().join("vmlinux");
         let mut config = parse("", "").expect("defaults");
         config.kernel = Some(kernel.clone());
-        let text = config.programs(&exe).expect_err("missing").to_string();
+        let text = config.programs(&exe, Path::new(KVM)).expect_err("missing").to_string();
         assert!(text.contains("guest kernel") && text.contains("vmlinux") && text.contains("vm.kernel"), "{text}");
         std::fs::write(&kernel, b"MZ..").expect("write");
-        assert!(matches!(config.programs(&exe), Err(ConfigError::NotElf { what: "guest kernel", .. })));
+        let vmm = dir.path().join("vmm");
+        config.vmm = Some(vmm.clone());
+        let kvm = dir.path().join("kvm");
+        let programs = |config: &Config| config.programs(&exe, &kvm);
+        assert!(matches!(programs(&config), Err(ConfigError::Missing { what: "VMM", .. })));
+        std::fs::write(&vmm, b"").expect("write");
+        config.agent = Some(kernel.clone());
+        assert!(matches!(programs(&config), Err(ConfigError::NotElf { what: "guest kernel", .. })));
         std::fs::write(&kernel, b"\x7fELF").expect("write");
-        config.vmm = Some(dir.path().join("nowhere"));
-        assert!(matches!(config.programs(&exe), Err(ConfigError::Missing { what: "VMM", .. })));
+        assert!(matches!(programs(&config), Err(ConfigError::Kvm(_))));
+        std::fs::write(&kvm, b"").expect("write");
+        assert_eq!(programs(&config).expect("complete").vmm, vmm);
     }
 }

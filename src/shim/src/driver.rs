@@ -30,6 +30,9 @@ use crate::spec::Shared;
 use crate::stdio::{Io, Wanted};
 use crate::task::{Call, Create, Reply, State, TaskError};
 
+#[cfg(test)]
+mod tests;
+
 /// Requests that may wait.
 const QUEUE: usize = 256;
 /// How long the exits of a container's execs may take after its own.
@@ -39,12 +42,18 @@ const PRUNE: usize = 1024;
 /// SIGKILL.
 const SIGKILL: u32 = 9;
 
+/// The way back to a caller.
+type Answerer = oneshot::Sender<Result<Reply, TaskError>>;
+
+/// What a driver leaves behind: the publisher, and who asked it to leave.
+pub type Farewell = (Publisher, Option<Answerer>);
+
 /// A request on its way in.
 #[derive(Debug)]
 struct Job {
     key: ProcessKey,
     call: Call,
-    reply: oneshot::Sender<Result<Reply, TaskError>>,
+    reply: Answerer,
 }
 
 /// The way in.
@@ -150,7 +159,7 @@ impl Driver {
 
     /// Runs until somebody asks to leave, or to be terminated. Then the VM is gone, and the publisher is given back;
     /// the answer to the one who asked goes out when the returned reply is dropped or sent.
-    pub async fn run(mut self) -> (Publisher, Option<oneshot::Sender<Result<Reply, TaskError>>>) {
+    pub async fn run(mut self) -> Farewell {
         loop {
             let next = self.wait().await;
             if matches!(next, Next::Terminate) {

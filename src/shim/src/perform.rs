@@ -79,7 +79,7 @@ pub async fn create_first(
 ) -> Result<(Arc<Pod>, mpsc::Receiver<GuestEvent>, Created), TaskError> {
     let begin = Instant::now();
     let config = request.origin.as_ref().unwrap_or(&env.origin).load()?;
-    let programs = config.programs(&env.exe)?;
+    let programs = config.programs(&env.exe, &env.kvm)?;
     let bundle = Bundle::load(&request.bundle)?;
     if matches!(bundle.role, Role::Container(_)) {
         // It belongs into a pod whose first container, and whose VM with it, is not there.

@@ -100,6 +100,8 @@ pub struct Env {
     pub sandbox: SandboxId,
     /// The shim's own program.
     pub exe: PathBuf,
+    /// The host's virtual machines.
+    pub kvm: PathBuf,
     /// Where sandboxes live.
     pub run_root: PathBuf,
     /// The shim's socket.

@@ -23,7 +23,7 @@ use ttrpc::r#async::transport::Listener;
 
 use crate::args::Args;
 use crate::bootstrap::TTRPC_ENV;
-use crate::config::Origin;
+use crate::config::{KVM, Origin};
 use crate::driver::Driver;
 use crate::pod::Env;
 use crate::publisher::Publisher;
@@ -70,6 +70,7 @@ fn serve(args: &Args, origin: Origin) -> anyhow::Result<()> {
         namespace,
         sandbox,
         exe: std::env::current_exe().context("find the shim's own program")?,
+        kvm: KVM.into(),
         run_root: RUN_ROOT.into(),
         socket: socket.clone(),
         origin,

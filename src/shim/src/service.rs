@@ -53,7 +53,12 @@ pub fn services(driver: &Handle) -> HashMap<String, Service> {
 
 /// The code and the whole chain of causes, once.
 fn status(error: &TaskError) -> ttrpc::Error {
-    let code = match error {
+    ttrpc::Error::RpcStatus(get_status(code_of(error), crate::chain(error)))
+}
+
+/// What containerd goes by.
+pub fn code_of(error: &TaskError) -> Code {
+    match error {
         TaskError::Refused(refusal, _) => match refusal {
             Refusal::NotFound | Refusal::Finished => Code::NOT_FOUND,
             Refusal::Exists => Code::ALREADY_EXISTS,
@@ -73,8 +78,7 @@ fn status(error: &TaskError) -> ttrpc::Error {
         },
         TaskError::Guest(GuestError::Timeout(_) | GuestError::Gone { .. }) | TaskError::Leaving => Code::UNAVAILABLE,
         TaskError::Guest(_) | TaskError::Pod(_) | TaskError::Volume(_) | TaskError::Hook(_) => Code::UNKNOWN,
-    };
-    ttrpc::Error::RpcStatus(get_status(code, crate::chain(error)))
+    }
 }
 
 fn invalid(what: &str, error: &dyn std::error::Error) -> ttrpc::Error {
@@ -293,22 +297,22 @@ mod tests {
 
     #[test]
     fn codes_and_chains() {
-        let code_of = |error: &TaskError| match status(error) {
+        let told = |error: &TaskError| match status(error) {
             ttrpc::Error::RpcStatus(status) => (status.code(), status.message().to_owned()),
             other => panic!("{other}"),
         };
         let key = key("c1", "e1").expect("key");
-        let (code, text) = code_of(&TaskError::Refused(Refusal::Finished, key.clone()));
+        let (code, text) = told(&TaskError::Refused(Refusal::Finished, key.clone()));
         assert_eq!((code, text.as_str()), (Code::NOT_FOUND, "exec e1 of container c1: process already finished"));
-        assert_eq!(code_of(&TaskError::Refused(Refusal::Exists, key.clone())).0, Code::ALREADY_EXISTS);
-        assert_eq!(code_of(&TaskError::Refused(Refusal::WrongPhase("x"), key)).0, Code::FAILED_PRECONDITION);
+        assert_eq!(told(&TaskError::Refused(Refusal::Exists, key.clone())).0, Code::ALREADY_EXISTS);
+        assert_eq!(told(&TaskError::Refused(Refusal::WrongPhase("x"), key)).0, Code::FAILED_PRECONDITION);
         let io = std::io::Error::from_raw_os_error(28);
         let error = crate::pod::PodError::Io { what: "write", path: "/x".into(), source: io };
-        let (code, text) = code_of(&TaskError::Pod(error));
+        let (code, text) = told(&TaskError::Pod(error));
         assert_eq!((code, text.as_str()), (Code::UNKNOWN, "write /x: No space left on device (os error 28)"));
         let refused = |code| TaskError::Guest(GuestError::Refused { what: "start", code, message: "m".into() });
-        assert_eq!(code_of(&refused(Code::NOT_FOUND)).0, Code::NOT_FOUND);
-        assert_eq!(code_of(&refused(Code::UNIMPLEMENTED)).0, Code::UNKNOWN);
+        assert_eq!(told(&refused(Code::NOT_FOUND)).0, Code::NOT_FOUND);
+        assert_eq!(told(&refused(Code::UNIMPLEMENTED)).0, Code::UNKNOWN);
     }
 
     #[test]
