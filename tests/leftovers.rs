@@ -103,8 +103,8 @@ fn cgroups(dir: &Path, found: &mut BTreeSet<String>) {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             let path = entry.path();
             let text = path.to_string_lossy();
-            // The parent of a namespace's cgroups stays, as runc's does.
-            if text.contains("nacelle") && !text.ends_with(NAMESPACE) {
+            // The parent of the namespace's cgroups stays, as it does with runc.
+            if text.contains(NAMESPACE) && !text.ends_with(NAMESPACE) {
                 found.insert(format!("cgroup {text}"));
             }
             cgroups(&path, found);

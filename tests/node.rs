@@ -127,6 +127,15 @@ impl Node {
         self.ctr(["run", "--runtime", &self.runtime]).args(flags).args([image, id]).args(command)
     }
 
+    /// A container that does nothing and stays, for tests that only run commands in one: machines take their time.
+    pub fn resident(&self) -> Container<'_> {
+        let c = self.adopt("resident");
+        if c.state().as_deref() != Some("RUNNING") {
+            self.run_as(&c.id, &["--detach"], BUSYBOX, &["sleep", "1000000"]).ok();
+        }
+        c
+    }
+
     /// A container whose task was started by `ctr run --detach`.
     pub fn detached(&self, flags: &[&str], image: &str, command: &[&str]) -> Container<'_> {
         let id = self.fresh_id();

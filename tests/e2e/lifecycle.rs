@@ -41,16 +41,16 @@ fn run_passes_on_the_exit_code(node: &Node) {
 }
 
 fn run_names_a_missing_binary(node: &Node) {
-    let run = node.run(&["--rm"], BUSYBOX, &["/no/such/binary"]).run();
-    run.expect_failure(&["/no/such/binary", "no such file or directory"]);
-    let run = node.run(&["--rm"], BUSYBOX, &["/etc/passwd"]).run();
-    run.expect_failure(&["/etc/passwd", "permission denied"]);
-    // runc finds out at create, and ctr then removes the container; a task that does not start is kept, with its exit
-    // status of 127 or 126, and ctr leaves it to its user.
-    for task in node.ctr(["tasks", "list"]).run().text().lines().skip(1) {
-        assert!(task.contains("STOPPED"), "{task}");
+    for (program, reason) in [("/no/such/binary", "no such file or directory"), ("/etc/passwd", "permission denied")] {
+        let c = node.adopt(&node.fresh_id());
+        node.run_as(c.id(), &["--rm"], BUSYBOX, &[program]).run().expect_failure(&[program, reason]);
+        // runc finds out at create, and ctr then removes the container; a task that does not start is kept, with its
+        // exit status of 127 or 126, and ctr leaves it to its user.
+        if let Some(state) = c.state() {
+            assert_eq!(state, "STOPPED");
+            c.delete();
+        }
     }
-    node.delete_everything();
 }
 
 fn exec_passes_on_exit_codes(node: &Node) {

@@ -70,15 +70,21 @@ fn grace() -> Duration {
 /// The node, started by the first test that runs; the lock lets one test run at a time.
 static NODE: Mutex<Option<Node>> = Mutex::new(None);
 
+/// What the last panic said, and where it was.
+static LAST_PANIC: Mutex<String> = Mutex::new(String::new());
+
 static TIMES: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
     let clean = Leftovers::scan(&[]);
-    // A test that fails panics; the harness tells of it, once.
-    panic::set_hook(Box::new(|_| {}));
+    // A test that fails panics; the harness tells of it, with the rest of what it knows.
+    panic::set_hook(Box::new(|panic| *LAST_PANIC.lock().expect("nothing panics here") = panic.to_string()));
     let conclusion = libtest_mimic::run(&arguments, trials());
+    if let Some(node) = NODE.lock().expect("tests do not panic while they hold the lock").as_ref() {
+        node.delete_everything();
+    }
     drop(NODE.lock().expect("tests do not panic while they hold the lock").take());
 
     let mut times = TIMES.lock().expect("nothing panics here").split_off(0);
@@ -116,21 +122,23 @@ fn run(case: &'static Case, name: String) -> Result<(), Failed> {
     let mut node = NODE.lock().expect("tests do not panic while they hold the lock");
     let node = node.get_or_insert_with(Node::start);
     let log = node.log_length();
+    // There before the test, so that it is not taken for something that the test left.
+    let resident = node.resident();
     let before = Leftovers::scan(&node.watched());
     let started = Instant::now();
     let result = panic::catch_unwind(AssertUnwindSafe(|| (case.run)(node)));
     TIMES.lock().expect("nothing panics here").push((started.elapsed(), name));
 
     let left = Leftovers::since(&before, &node.watched(), grace());
-    let containers = node.ctr(["containers", "list", "-q"]).run().text();
+    let containers = node.ctr(["containers", "list", "-q"]).run().text().replace(resident.id(), "");
     let mut failure = String::new();
-    if let Err(panic) = &result {
-        failure = text(panic.as_ref());
+    if result.is_err() {
+        failure.clone_from(&LAST_PANIC.lock().expect("nothing panics here"));
     }
     if !left.is_empty() {
         failure += &format!("\nleft behind:\n{}", left.join("\n"));
     }
-    if !containers.is_empty() {
+    if !containers.trim().is_empty() {
         failure += &format!("\ncontainers left behind:\n{containers}");
     }
     if failure.is_empty() {
@@ -141,9 +149,4 @@ fn run(case: &'static Case, name: String) -> Result<(), Failed> {
     // Told at once, as the list of failures comes only with the last test.
     eprintln!("{failure}");
     Err("see above".into())
-}
-
-fn text(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<String>().cloned();
-    text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
 }

@@ -65,9 +65,8 @@ fn a_burst_before_exit_is_not_lost(node: &Node) {
     };
     let bytes = (8 * MIB).to_string();
     complete(&node.run(&["--rm"], BUSYBOX, &["probe", "write", &bytes]).ok().out);
-    let c = node.detached(&[], BUSYBOX, &["sleep", "1000"]);
+    let c = node.resident();
     complete(&c.exec(&[], &["probe", "write", &bytes]).ok().out);
-    c.remove();
 }
 
 fn stdin_closes_while_stdout_stays(node: &Node) {
@@ -81,16 +80,15 @@ fn stdin_closes_while_stdout_stays(node: &Node) {
 }
 
 fn exec_reads_and_writes(node: &Node) {
-    let c = node.detached(&[], BUSYBOX, &["sleep", "1000"]);
+    let c = node.resident();
     let sent = noise(MIB);
     let exec = c.exec(&[], &["sh", "-c", "cat; echo err >&2"]).stdin(sent.clone()).ok();
     assert_eq!((exec.out.len(), digest(&exec.out)), (sent.len(), digest(&sent)), "length and digest of what came back");
     assert_eq!(exec.err, "err\n");
-    c.remove();
 }
 
 fn a_reader_that_stops_holds_up_nobody_else(node: &Node) {
-    let c = node.detached(&[], BUSYBOX, &["sleep", "1000"]);
+    let c = node.resident();
     let events = Events::subscribe(node);
     // Nobody reads this one's FIFO: ctr is stopped, as soon as it is not in the middle of a call.
     let stuck = c.exec_as("stuck", &[], &["sh", "-c", "echo ready; exec cat /dev/zero"]).spawn();
@@ -101,7 +99,6 @@ fn a_reader_that_stops_holds_up_nobody_else(node: &Node) {
     node.ctr(["tasks", "kill", "-s", "KILL", "--exec-id", "stuck", c.id()]).ok();
     stuck.signal(Signal::CONT);
     stuck.wait(patience()).expect(137);
-    c.remove();
 }
 
 fn terminal_of_a_task(node: &Node) {
@@ -119,7 +116,7 @@ fn terminal_of_a_task(node: &Node) {
 }
 
 fn terminal_of_an_exec(node: &Node) {
-    let c = node.detached(&[], BUSYBOX, &["sleep", "1000"]);
+    let c = node.resident();
     let mut exec = c.exec(&["-t"], &["sh"]).spawn_on_terminal(91, 37);
     exec.write(b"test -t 1 && echo is-a-$((1))-terminal\n");
     exec.sees("is-a-1-terminal", patience());
@@ -133,7 +130,6 @@ fn terminal_of_an_exec(node: &Node) {
     exec.write(b"echo interrupted-$((3)); exit 5\n");
     exec.sees("interrupted-3", patience());
     exec.wait(patience()).expect(5);
-    c.remove();
 }
 
 /// Changes the size to 101 × 41 until `text` is printed: ctr listens for changes only some time after the start.
