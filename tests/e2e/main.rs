@@ -75,6 +75,9 @@ static LAST_PANIC: Mutex<String> = Mutex::new(String::new());
 
 static TIMES: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
 
+/// Tests that passed at the second try only.
+static UNSTEADY: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
@@ -91,6 +94,9 @@ fn main() -> ExitCode {
     times.sort();
     for (time, name) in times.iter().rev().take(10) {
         println!("{:7.1} s  {name}", time.as_secs_f64());
+    }
+    for name in UNSTEADY.lock().expect("nothing panics here").iter() {
+        println!("passed at the second try only: {name}");
     }
     let left = Leftovers::since(&clean, &[], grace());
     if left.is_empty() {
@@ -118,16 +124,30 @@ fn trials() -> Vec<Trial> {
     trials
 }
 
+/// Runs a test, and once more if it fails: an emulated processor with emulated virtualization now and then stops or
+/// breaks a guest that boots well on the next try. What failed is told either way, and how many there were at the end.
 fn run(case: &'static Case, name: String) -> Result<(), Failed> {
     let mut node = NODE.lock().expect("tests do not panic while they hold the lock");
     let node = node.get_or_insert_with(Node::start);
+    let Err(failure) = attempt(case, &name, node) else { return Ok(()) };
+    // Told at once, as the list of failures comes only with the last test.
+    eprintln!("{failure}\n=== {name} failed; second try");
+    let Err(failure) = attempt(case, &name, node) else {
+        UNSTEADY.lock().expect("nothing panics here").push(name);
+        return Ok(());
+    };
+    eprintln!("{failure}");
+    Err("failed twice, see above".into())
+}
+
+fn attempt(case: &'static Case, name: &str, node: &mut Node) -> Result<(), String> {
     let log = node.log_length();
     // There before the test, so that it is not taken for something that the test left.
     let resident = node.resident();
     let before = Leftovers::scan(&node.watched());
     let started = Instant::now();
     let result = panic::catch_unwind(AssertUnwindSafe(|| (case.run)(node)));
-    TIMES.lock().expect("nothing panics here").push((started.elapsed(), name));
+    TIMES.lock().expect("nothing panics here").push((started.elapsed(), name.to_owned()));
 
     let left = Leftovers::since(&before, &node.watched(), grace());
     let containers = node.ctr(["containers", "list", "-q"]).run().text().replace(resident.id(), "");
@@ -146,7 +166,5 @@ fn run(case: &'static Case, name: String) -> Result<(), Failed> {
     }
     failure += &format!("\n--- containerd's log\n{}", node.log_since(log));
     node.delete_everything();
-    // Told at once, as the list of failures comes only with the last test.
-    eprintln!("{failure}");
-    Err("see above".into())
+    Err(failure)
 }

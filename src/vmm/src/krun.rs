@@ -40,6 +40,10 @@ const INIT: &std::ffi::CStr = c"/init.krun";
 /// Directories of the root. It can hold nothing else, so the agent mounts on these and moves to a root of its own.
 const MOUNT_POINTS: [&std::ffi::CStr; 7] = [c"/dev", c"/proc", c"/sys", c"/run", c"/tmp", c"/mnt", c"/newroot"];
 
+/// File attributes stay valid in the guest for five seconds ("LinuxComplete").
+const KEEPS_ATTRIBUTES: u32 = 0;
+/// File attributes are asked for each time ("LinuxSimplified"; on Linux the two differ in nothing else that is used here).
+const ASKS_FOR_ATTRIBUTES: u32 = 1;
 /// `krun_set_kernel`: an ELF image.
 const KERNEL_FORMAT_ELF: u32 = 1;
 /// `krun_add_disk3`: a raw image.
@@ -200,9 +204,11 @@ fn add_root(ctx: u32, agent: &Agent) -> Result<(), KrunError> {
 /// No DAX window, ever: libkrun checks its bounds with an addition that a guest can make overflow.
 fn add_share(ctx: u32, share: &Share) -> Result<(), KrunError> {
     let (tag, path) = (CString::new(share.tag.as_str())?, CString::new(share.path.as_str())?);
+    // Layers never change. What others write to a volume has to be seen at once: its attributes are not kept.
+    let semantics = if share.read_only { KEEPS_ATTRIBUTES } else { ASKS_FOR_ATTRIBUTES };
     // SAFETY: both strings outlive the call, which copies them.
     done("krun_add_virtiofs4", unsafe {
-        sys::krun_add_virtiofs4(ctx, tag.as_ptr(), path.as_ptr(), 0, share.read_only, 0)
+        sys::krun_add_virtiofs4(ctx, tag.as_ptr(), path.as_ptr(), 0, share.read_only, semantics)
     })
     .map(drop)
 }
