@@ -101,6 +101,7 @@ impl Shim {
             instance_id: self.id.clone(),
             namespace: NAMESPACE.into(),
             containerd_ttrpc_address: self.dir.join("events.sock").display().to_string(),
+            containerd_grpc_address: "/no/containerd".into(),
             containerd_version: "2.3.0".into(),
             ..BootstrapParams::default()
         };

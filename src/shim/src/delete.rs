@@ -19,7 +19,7 @@ use crate::cgroup;
 use crate::config::Origin;
 use crate::publisher::{now_ns, timestamp};
 use crate::sandbox::KILLED;
-use crate::state::{Dirs, RUN_ROOT, State};
+use crate::state::{Dirs, RUN_ROOT, State, UidSlot};
 
 /// How long a process may take to end.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -65,6 +65,7 @@ fn remove_sandbox(run_root: &Path, namespace: &SandboxId, sandbox: &SandboxId) -
     }
     cgroup::remove(&state.cgroups);
     dirs(&data).remove()?;
+    UidSlot::forget(run_root, &dirs(&data));
     if !state.socket.as_os_str().is_empty() && UnixStream::connect(&state.socket).is_err() {
         let _ = fs::remove_file(&state.socket);
     }

@@ -3,6 +3,7 @@
 //! A hook gets the container's state as JSON on stdin. Its `pid` is the VMM's: that process lives in the container's
 //! network namespace, which is what hooks want a pid for.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -68,12 +69,16 @@ pub struct State {
     pub pid: u32,
     /// containerd's directory.
     pub bundle: PathBuf,
+    /// Those of the bundle.
+    pub annotations: HashMap<String, String>,
 }
 
 impl State {
     fn json(&self) -> Vec<u8> {
-        let Self { version, id, status, pid, bundle } = self;
-        let mut json = serde_json::json!({ "ociVersion": version, "id": id, "status": status, "bundle": bundle });
+        let Self { version, id, status, pid, bundle, annotations } = self;
+        let mut json = serde_json::json!({
+            "ociVersion": version, "id": id, "status": status, "bundle": bundle, "annotations": annotations,
+        });
         if *pid != 0 {
             json["pid"] = (*pid).into();
         }
@@ -145,7 +150,8 @@ mod tests {
     }
 
     fn state(bundle: &Path) -> State {
-        State { version: "1.1.0".into(), id: "c1".into(), status: "creating", pid: 7, bundle: bundle.into() }
+        let (version, id, annotations) = ("1.1.0".into(), "c1".into(), HashMap::new());
+        State { version, id, status: "creating", pid: 7, bundle: bundle.into(), annotations }
     }
 
     #[tokio::test]

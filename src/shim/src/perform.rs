@@ -3,6 +3,7 @@
 //! They run as tasks of their own beside the [`crate::driver`], own what they need, and leave nothing behind when they
 //! fail. None of them changes the sandbox's state.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -38,12 +39,20 @@ pub struct Local {
     pub guest_pid: u32,
     hooks: Option<Hooks>,
     version: String,
+    annotations: HashMap<String, String>,
     volumes: Vec<String>,
 }
 
 impl Local {
     fn hook_state(&self, id: &ContainerId, status: &'static str, pid: u32) -> hooks::State {
-        hooks::State { version: self.version.clone(), id: id.to_string(), status, pid, bundle: self.bundle.clone() }
+        hooks::State {
+            version: self.version.clone(),
+            id: id.to_string(),
+            status,
+            pid,
+            bundle: self.bundle.clone(),
+            annotations: self.annotations.clone(),
+        }
     }
 }
 
@@ -187,6 +196,7 @@ async fn finish(
     let mut local = Local {
         hooks,
         version: bundle.spec.version().clone(),
+        annotations: bundle.spec.annotations().clone().unwrap_or_default(),
         volumes: volumes.into_iter().map(|volume| volume.name).collect(),
         guest_pid: 0,
         bundle: bundle.dir,

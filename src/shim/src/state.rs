@@ -328,6 +328,19 @@ impl UidSlot {
         Err(StateError::NoSlot(dir))
     }
 
+    /// Takes a dead shim's name off its slot. One whose shim lives is locked and stays.
+    pub fn forget(run_root: &Path, owner: &Dirs) {
+        for entry in fs::read_dir(run_root.join("uids")).into_iter().flatten().flatten() {
+            let Ok(file) = File::options().read(true).write(true).open(entry.path()) else { continue };
+            let name = fs::read(entry.path()).unwrap_or_default();
+            let locked = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok();
+            if locked && name == owner.run.as_os_str().as_encoded_bytes() {
+                // Best effort, like the end of a claim.
+                let _ = file.set_len(0);
+            }
+        }
+    }
+
     /// First id of the range.
     pub fn first(&self, uid_base: u32) -> u32 {
         // Bounded by `claim`.
