@@ -171,7 +171,8 @@ fn a_lower_that_vanished(node: &Node) {
     let lowers = mounts[0].options.iter().find_map(|option| option.strip_prefix("lowerdir=")).expect("an overlay");
     let lower = lowers.split(':').next().expect("a first one");
     let hidden = Hidden::new(lower);
-    c.start(&[]).run().expect_failure(&["no such file or directory"]);
+    // Go and Rust begin the words differently.
+    c.start(&[]).run().expect_failure(&["o such file or directory"]);
     drop(hidden);
     c.start(&[]).ok();
     c.delete();
