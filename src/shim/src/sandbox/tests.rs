@@ -1,3 +1,5 @@
+//! The sandbox's states, tried one by one and in random sequences.
+
 use std::collections::HashSet;
 
 use super::*;

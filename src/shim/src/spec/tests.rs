@@ -1,3 +1,5 @@
+//! The translation of OCI configurations, by table.
+
 use super::*;
 
 fn host() -> Value {

@@ -1,3 +1,5 @@
+//! Streams over real FIFOs, with a guest's end played by the test.
+
 use std::os::unix::fs::PermissionsExt;
 
 use nacelle_protocol::stream::{
