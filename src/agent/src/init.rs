@@ -10,13 +10,16 @@
 //! by PID 1 itself, so that the guest holds it once.
 
 use std::convert::Infallible;
-use std::fs;
-use std::io;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use nacelle_protocol::agent::CONTAINERS_DIR;
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
 use rustix::process::{Resource, Rlimit, pivot_root, setrlimit};
@@ -33,6 +36,9 @@ pub const PROGRAM: &str = "/run/nacelle/agent";
 
 /// `argv[0]` of PID 1 in its second stage.
 pub const NAME: &str = "nacelle-agent";
+
+/// Bytes of one request: 256 pages, the most that libkrun's virtiofs takes.
+const COPY_SIZE: usize = 1 << 20;
 
 const SAFE: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
 const INERT: MountFlags = SAFE.union(MountFlags::NOEXEC);
@@ -89,10 +95,29 @@ pub fn switch_root() -> Result<Infallible, InitError> {
     }
     attach("proc", &new_root.join("proc"), INERT, "")?;
     let copy = new_root.join(PROGRAM.trim_start_matches('/'));
-    fs::copy(new_root.join("proc/self/exe"), &copy).map_err(|error| InitError::Create(copy, error))?;
+    copy_program(&new_root.join("proc/self/exe"), &copy).map_err(|error| InitError::Create(copy, error))?;
     enter(new_root).map_err(InitError::Root)?;
     // Nothing holds the virtual root after this, and what the kernel has cached of it is free again.
     Err(InitError::Root(Command::new(PROGRAM).arg0(NAME).exec()))
+}
+
+/// Past the page cache, and in the largest requests that virtiofs has: this is a good part of the way from the kernel's
+/// start to the first request.
+fn copy_program(from: &Path, to: &Path) -> io::Result<()> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let from = match rustix::fs::open(from, flags | OFlags::DIRECT, Mode::empty()) {
+        // Wherever this is not virtiofs.
+        Err(Errno::INVAL) => rustix::fs::open(from, flags, Mode::empty())?,
+        from => from?,
+    };
+    let mut to = OpenOptions::new().write(true).create_new(true).mode(0o755).open(to)?;
+    let mut buffer = vec![0; COPY_SIZE];
+    loop {
+        match rustix::io::read(&from, &mut buffer)? {
+            0 => return Ok(()),
+            read => to.write_all(&buffer[..read])?,
+        }
+    }
 }
 
 /// Second stage: makes the guest a place for containers.

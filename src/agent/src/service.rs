@@ -45,7 +45,8 @@ fn rpc_error(error: GuestError) -> ttrpc::Error {
             Code::INVALID_ARGUMENT
         }
         GuestError::Full(..) => Code::RESOURCE_EXHAUSTED,
-        GuestError::Spawn(_, SpawnError::NotExecuted { code: 127, .. }) => Code::NOT_FOUND,
+        // As with runc. A code of its own would say that the container is unknown.
+        GuestError::Spawn(_, SpawnError::NotExecuted { .. }) => Code::UNKNOWN,
         GuestError::Mount(..)
         | GuestError::Cgroup(..)
         | GuestError::Stdio(..)

@@ -71,6 +71,7 @@ fn a_missing_program_is_named_at_start() {
             host.create(id, spec(id, &[program]), &["base"], Names::default()).await.expect("create");
             let error = host.start(id, "").await.expect_err("no program");
             assert!(text(&error).contains(program) && text(&error).contains(words), "{}", text(&error));
+            assert_eq!(code(&error), Code::UNKNOWN);
             assert_eq!(host.wait(id, "").await, status);
             host.delete(id, "").await.expect("delete");
         }

@@ -84,7 +84,7 @@ async fn boot(memory_mib: u32) -> (Machine, Host) {
         agent: setting("NACELLE_TEST_AGENT"),
         kernel_args: std::env::var("NACELLE_TEST_KERNEL_ARGS")
             .iter()
-            .flat_map(|a| a.split(' '))
+            .flat_map(|a| a.split_whitespace())
             .map(Into::into)
             .collect(),
         shares: vec![Share { tag: LAYERS_TAG.into(), source: at("layers"), read_only: true, idmap: false }],
