@@ -77,24 +77,33 @@ Acquire::Languages "none";
 CONF
 }
 
-# suite_unpack SUITE DIR PACKAGE…: downloads packages of a suite, without their dependencies, and unpacks them in DIR.
-suite_unpack() {
-    local suite=$1 dir=$2 config debs deb
-    shift 2
-    config=$(private_apt "$suite")
-    mkdir -p "$dir"
-    debs=$(mktemp -d "$dir/debs.XXXXXX")
+# with_lists SUITE COMMAND…: runs an apt command that reads SUITE's package lists and no others. The lists are refreshed
+# only when they are of no use: absent, or older than the mirror's pool.
+with_lists() {
+    local config
+    config=$(private_apt "$1")
+    shift
     (
-        cd "$debs" || exit
         export APT_CONFIG=$config
-        # The lists are refreshed only when they are of no use: absent, or older than the mirror's pool.
-        apt-get download -qq "$@" 2>/dev/null || {
+        "$@" 2>/dev/null || {
             exec 9>"${config%/*}.lock"
             flock 9
-            apt-get update -qq 9>&-
-            apt-get download -qq "$@"
-        } >&2
+            apt-get update -qq >&2 9>&-
+            "$@"
+        }
     )
+}
+
+# suite_dependency SUITE PACKAGE: the name of what a meta package depends on.
+suite_dependency() { with_lists "$1" apt-cache depends "$2" | sed -n 's/^ *Depends: *//p'; }
+
+# suite_unpack SUITE DIR PACKAGE…: downloads packages of a suite, without their dependencies, and unpacks them in DIR.
+suite_unpack() {
+    local suite=$1 dir=$2 debs deb
+    shift 2
+    mkdir -p "$dir"
+    debs=$(mktemp -d "$dir/debs.XXXXXX")
+    (cd "$debs" && with_lists "$suite" apt-get download -qq "$@" >&2)
     for deb in "$debs"/*.deb; do dpkg-deb -x "$deb" "$dir"; done
     rm -r "$debs"
 }

@@ -65,9 +65,8 @@ build_image() {
 # wanted. The modules lose their compression, type information and signatures, all of which cost an emulated processor
 # more to look at than the module is worth.
 build_kernel() {
-    local out=$1 tree=$2 config package
-    config=$(private_apt trixie)
-    package=$(APT_CONFIG=$config apt-cache depends "$KERNEL_META" | sed -n 's/^ *Depends: *//p')
+    local out=$1 tree=$2 package
+    package=$(suite_dependency trixie "$KERNEL_META")
     suite_unpack trixie "$out/kernel" "$package"
     mv "$out"/kernel/boot/vmlinuz-* "$out/vmlinuz"
     mkdir -p "$tree/usr/lib/modules"
