@@ -24,6 +24,13 @@ impl Message {
         self
     }
 
+    /// Adds a field that holds a number.
+    pub fn number(mut self, field: u32, value: u64) -> Self {
+        self.varint(u64::from(field) << 3);
+        self.varint(value);
+        self
+    }
+
     /// Adds a field that holds another message.
     pub fn message(self, field: u32, value: Self) -> Self {
         self.bytes(field, value.0)

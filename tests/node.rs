@@ -130,7 +130,11 @@ impl Node {
     /// A container that does nothing and stays, for tests that only run commands in one: machines take their time.
     pub fn resident(&self) -> Container<'_> {
         let c = self.adopt("resident");
-        if c.state().as_deref() != Some("RUNNING") {
+        let state = c.state();
+        if state.as_deref() != Some("RUNNING") {
+            if state.is_some() {
+                self.adopt("resident").delete();
+            }
             self.run_as(&c.id, &["--detach"], BUSYBOX, &["sleep", "1000000"]).ok();
         }
         c
@@ -403,6 +407,15 @@ impl Container<'_> {
     /// `ctr tasks kill -s SIGNAL`.
     pub fn kill(&self, signal: &str) {
         self.node.ctr(["tasks", "kill", "-s", signal, &self.id]).ok();
+    }
+
+    /// Sends its task SIGKILL through the Kill call, as `ctr` words what it is told in its own way.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn try_kill(&self) -> Result<(), CallError> {
+        let message = Message::default().bytes(1, &self.id).number(3, 9);
+        self.node.call("/containerd.services.tasks.v1.Tasks/Kill", message, patience()).map(drop)
     }
 
     /// Its task's state as `ctr tasks list` shows it, such as `RUNNING`; none without a task.

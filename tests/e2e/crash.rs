@@ -50,23 +50,27 @@ fn processes(text: &str) -> Vec<u32> {
     pids.filter(matches).collect()
 }
 
-fn kill(text: &str) {
-    let found = processes(text);
-    assert!(!found.is_empty(), "there is no process {text:?}");
-    for pid in found {
+fn kill(pids: &[u32]) {
+    assert!(!pids.is_empty(), "there is no process to kill");
+    for pid in pids {
         let pid = Pid::from_raw(pid.cast_signed()).expect("process ids are positive");
         // One of them may end by the death of another.
         kill_process(pid, Signal::KILL).ok();
     }
 }
 
+/// The VMMs that run; a test tells its own by asking before and after.
+fn vmms() -> Vec<u32> {
+    processes("nacelle-vmm")
+}
+
+fn vmms_but(others: &[u32]) -> Vec<u32> {
+    vmms().into_iter().filter(|pid| !others.contains(pid)).collect()
+}
+
 fn kill_shim(id: &str) {
     let shims = processes(&format!("-id {id} "));
-    let shims = if shims.is_empty() { processes(&format!("-id {id}")) } else { shims };
-    assert!(!shims.is_empty(), "the container has no shim");
-    for pid in shims {
-        kill_process(Pid::from_raw(pid.cast_signed()).expect("process ids are positive"), Signal::KILL).ok();
-    }
+    kill(&if shims.is_empty() { processes(&format!("-id {id}")) } else { shims });
 }
 
 /// The machine below a busy container and a busy exec dies by `death`: everybody is told in time.
@@ -86,8 +90,9 @@ fn machine_dies(node: &Node, container: &Container, death: impl FnOnce()) {
 }
 
 fn of_the_vmm(node: &Node) {
+    let others = vmms();
     let c = node.detached(&[], BUSYBOX, BUSY);
-    machine_dies(node, &c, || kill("nacelle-vmm"));
+    machine_dies(node, &c, || kill(&vmms_but(&others)));
     c.delete();
 }
 
@@ -111,9 +116,10 @@ fn of_the_agent(node: &Node) {
 fn of_the_vmm_while_it_boots(node: &Node) {
     let id = node.fresh_id();
     let c = node.adopt(&id);
+    let others = vmms();
     let run = node.run_as(&id, &[], BUSYBOX, &["sleep", "1000"]).spawn();
-    within(patience(), "a VMM runs", || (!processes("nacelle-vmm").is_empty()).then_some(()));
-    kill("nacelle-vmm");
+    within(patience(), "a VMM runs", || (!vmms_but(&others).is_empty()).then_some(()));
+    kill(&vmms_but(&others));
     run.wait(patience()).expect_failure(&["VMM"]);
     c.delete();
 }

@@ -170,7 +170,8 @@ fn wrong_states_are_refused(node: &Node) {
     c.kill("KILL");
     exec.wait(patience()).expect(137);
     c.wait(patience()).expect("wait");
-    node.ctr(["tasks", "kill", "-s", "KILL", c.id()]).run().expect_failure(&["not found"]);
+    let refusal = c.try_kill().expect_err("a task that has ended").to_string();
+    assert!(refusal.contains("status 5"), "NotFound says that it has ended already: {refusal}");
     c.exec(&[], &["true"]).run().expect_failure(&[]);
     c.delete();
 }

@@ -22,7 +22,7 @@ mod stdio;
 use std::{
     panic::{self, AssertUnwindSafe},
     process::ExitCode,
-    sync::Mutex,
+    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -85,10 +85,9 @@ fn main() -> ExitCode {
     // A test that fails panics; the harness tells of it, with the rest of what it knows.
     panic::set_hook(Box::new(|panic| *LAST_PANIC.lock().expect("nothing panics here") = panic.to_string()));
     let conclusion = libtest_mimic::run(&arguments, trials());
-    if let Some(node) = NODE.lock().expect("tests do not panic while they hold the lock").as_ref() {
+    if let Some(node) = NODE.lock().unwrap_or_else(PoisonError::into_inner).take() {
         node.delete_everything();
     }
-    drop(NODE.lock().expect("tests do not panic while they hold the lock").take());
 
     let mut times = TIMES.lock().expect("nothing panics here").split_off(0);
     times.sort();
@@ -127,7 +126,8 @@ fn trials() -> Vec<Trial> {
 /// Runs a test, and once more if it fails: an emulated processor with emulated virtualization now and then stops or
 /// breaks a guest that boots well on the next try. What failed is told either way, and how many there were at the end.
 fn run(case: &'static Case, name: String) -> Result<(), Failed> {
-    let mut node = NODE.lock().expect("tests do not panic while they hold the lock");
+    // A panic outside of a test, with the lock held, is one of `Node::start`: the next test tries again.
+    let mut node = NODE.lock().unwrap_or_else(PoisonError::into_inner);
     let node = node.get_or_insert_with(Node::start);
     let Err(failure) = attempt(case, &name, node) else { return Ok(()) };
     // Told at once, as the list of failures comes only with the last test.
@@ -143,7 +143,11 @@ fn run(case: &'static Case, name: String) -> Result<(), Failed> {
 fn attempt(case: &'static Case, name: &str, node: &mut Node) -> Result<(), String> {
     let log = node.log_length();
     // There before the test, so that it is not taken for something that the test left.
-    let resident = node.resident();
+    if panic::catch_unwind(AssertUnwindSafe(|| node.resident())).is_err() {
+        node.delete_everything();
+        return Err(format!("resident: {}", LAST_PANIC.lock().expect("nothing panics here")));
+    }
+    let resident = node.adopt("resident");
     let before = Leftovers::scan(&node.watched());
     let started = Instant::now();
     let result = panic::catch_unwind(AssertUnwindSafe(|| (case.run)(node)));
