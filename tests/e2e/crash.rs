@@ -98,7 +98,7 @@ fn of_the_vmm(node: &Node) {
 
 fn of_the_agent(node: &Node) {
     // A container in the guest's own PID namespace, with every right: PID 1 is the agent, and its code is overwritten.
-    let c = node.created(&["--privileged", "--privileged-without-host-devices"], BUSYBOX, BUSY);
+    let c = node.created(&["--privileged"], BUSYBOX, BUSY);
     c.edit(|spec| {
         let namespaces = spec["linux"]["namespaces"].as_array_mut().expect("a list");
         namespaces.retain(|namespace| namespace["type"] != "pid");
