@@ -15,6 +15,7 @@ mod events;
 mod hooks;
 mod lifecycle;
 mod load;
+mod network;
 mod process;
 mod rootfs;
 mod stdio;
@@ -59,6 +60,7 @@ const THEMES: &[(&str, &[Case])] = &[
     ("contract", contract::CASES),
     ("bad_input", bad_input::CASES),
     ("crash", crash::CASES),
+    ("network", network::CASES),
     ("load", load::CASES),
 ];
 

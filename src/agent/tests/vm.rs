@@ -27,7 +27,9 @@ use nacelle_protocol::agent::{
 };
 use nacelle_protocol::ids::SandboxId;
 use nacelle_protocol::stream::{RPC_PORT, STREAM_PORT};
-use nacelle_protocol::vm::{CONFIG_FD, CONSOLE_FD, Disk, Jail, LIFELINE_FD, REPORT_FD, Share, Socket, VmConfig};
+use nacelle_protocol::vm::{
+    CONFIG_FD, CONSOLE_FD, Disk, Jail, LIFELINE_FD, Network, REPORT_FD, Share, Socket, VmConfig,
+};
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 use serde_json::json;
@@ -94,7 +96,7 @@ async fn boot(memory_mib: u32) -> (Machine, Host) {
             root: at("root"),
             uid_base: 231_072,
             uid_count: 65_536,
-            netns: None,
+            network: Network::New,
             cgroups: vec![],
             max_files: 1 << 16,
         },

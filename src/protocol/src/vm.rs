@@ -110,12 +110,24 @@ pub struct Jail {
     pub uid_base: u32,
     /// How many ids belong to it, from `uid_base` on.
     pub uid_count: u32,
-    /// Network namespace to join; without one the VMM gets a new, empty one.
-    pub netns: Option<PathBuf>,
+    /// Where the VMM's network is.
+    pub network: Network,
     /// Directory of a cgroup (v2, or one per hierarchy of v1) to join first.
     pub cgroups: Vec<PathBuf>,
     /// RLIMIT_NOFILE. virtiofs keeps a descriptor for every inode the guest knows.
     pub max_files: u64,
+}
+
+/// The network of a sandbox. Only the VMM is in the namespace; what of it reaches the guest, and how, is the device's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Network {
+    /// A namespace of its own, with nothing in it.
+    New,
+    /// A namespace that somebody made.
+    Join(PathBuf),
+    /// The host's own. The guest has no interface in it: its sockets are made by the VMM (libkrun's TSI).
+    Host,
 }
 
 /// What the VMM says, one JSON object a line on [`REPORT_FD`].

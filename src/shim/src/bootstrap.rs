@@ -95,7 +95,11 @@ pub fn parse(stdin: &[u8], args: &Args, env: impl Fn(&str) -> Option<String>) ->
             Ok(Start {
                 reply: Reply::Protobuf,
                 debug: args.debug || p.log_level.value() <= LogLevel::LOG_LEVEL_DEBUG as i32,
-                ttrpc_address: p.containerd_ttrpc_address,
+                // Who sends no address here may still have set the older variable.
+                ttrpc_address: Some(p.containerd_ttrpc_address)
+                    .filter(|address| !address.is_empty())
+                    .or_else(|| env(TTRPC_ENV))
+                    .unwrap_or_default(),
                 grpc_address: p.containerd_grpc_address,
                 socket_dir: p.socket_dir.filter(|d| !d.is_empty()).unwrap_or_else(|| SOCKET_DIR.into()).into(),
                 origin: options.transpose()?.unwrap_or_else(from_env),
@@ -253,6 +257,12 @@ mod tests {
         assert_eq!(start.origin.body.as_deref(), Some("[vm]\n"));
         let path = socket_path(&start, "k8s.io", "c1").expect("path");
         assert!(path.starts_with("/run/other"));
+
+        params.containerd_ttrpc_address.clear();
+        let env = |name: &str| (name == TTRPC_ENV).then(|| "/env.sock".to_owned());
+        let start = parse(&params.write_to_bytes().expect("encode"), &args(), env).expect("parse");
+        assert_eq!(start.ttrpc_address, "/env.sock", "the older way to say it");
+        params.containerd_ttrpc_address = "/t.sock".into();
 
         params.instance_id = "other".into();
         let err = parse(&params.write_to_bytes().expect("encode"), &args(), no_env).expect_err("refused");

@@ -9,6 +9,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use nacelle_protocol::ids::{IdError, SandboxId};
+use nacelle_protocol::vm::Network;
 use oci_spec::runtime::{Hooks, LinuxNamespaceType, Spec};
 use serde::Deserialize;
 use thiserror::Error;
@@ -57,8 +58,8 @@ pub enum BundleError {
         /// The part.
         part: &'static str,
     },
-    /// The container wants the host's network.
-    #[error("use the host's network: that is not possible in a VM (yet); give the container a network namespace")]
+    /// A pod wants the host's network.
+    #[error("use the host's network for a pod: a VM has interfaces of its own; set hostNetwork to false")]
     HostNetwork,
 }
 
@@ -71,15 +72,6 @@ pub enum Role {
     Sandbox,
     /// It belongs into this pod.
     Container(SandboxId),
-}
-
-/// The network of a sandbox.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Network {
-    /// A namespace of its own, with nothing in it.
-    New,
-    /// A namespace that somebody made.
-    Join(PathBuf),
 }
 
 /// Limits that Kubernetes knows for the pod as a whole.
@@ -175,9 +167,10 @@ impl Bundle {
         let linux = spec.linux().as_ref().ok_or_else(|| missing("linux section"))?;
         let namespaces = linux.namespaces().iter().flatten();
         let network = namespaces.into_iter().find(|ns| ns.typ() == LinuxNamespaceType::Network);
-        let network = match network.ok_or(BundleError::HostNetwork)?.path() {
-            Some(path) => Network::Join(path.clone()),
-            None => Network::New,
+        let network = match network.map(|namespace| namespace.path()) {
+            Some(Some(path)) => Network::Join(path.clone()),
+            Some(None) => Network::New,
+            None => Network::Host,
         };
         let none = HashMap::new();
         let annotations = spec.annotations().as_ref().unwrap_or(&none);
@@ -190,6 +183,10 @@ impl Bundle {
             cpu_period: number(annotations, SANDBOX_CPU_PERIOD),
         };
         let role = role_of(annotations)?;
+        // What a pod shares with the host are interfaces and ports that the kubelet knows of; sockets alone are not that.
+        if network == Network::Host && role != Role::Single {
+            return Err(BundleError::HostNetwork);
+        }
         Ok(Self { dir: dir.to_owned(), role, network, pod, spec })
     }
 
@@ -241,6 +238,8 @@ mod tests {
         json["linux"]["namespaces"] = serde_json::json!([{ "type": "network" }]);
         assert_eq!(parse(&json).expect("parse").network, Network::New);
         json["linux"]["namespaces"] = serde_json::json!([{ "type": "mount" }]);
+        assert_eq!(parse(&json).expect("parse").network, Network::Host);
+        json["annotations"] = serde_json::json!({ CONTAINER_TYPE: "sandbox" });
         assert!(matches!(parse(&json), Err(BundleError::HostNetwork)));
     }
 

@@ -20,7 +20,8 @@ use nacelle_protocol::agent::{LAYERS_TAG, UPPER_SERIAL, VOLUMES_TAG};
 use nacelle_protocol::ids::SandboxId;
 use nacelle_protocol::stream::{RPC_PORT, STREAM_PORT};
 use nacelle_protocol::vm::{
-    CONFIG_FD, CONSOLE_FD, Disk, Jail, LIFELINE_FD, LOG_FD, MAX_JSON, REPORT_FD, Report, Share, Socket, VmConfig,
+    CONFIG_FD, CONSOLE_FD, Disk, Jail, LIFELINE_FD, LOG_FD, MAX_JSON, Network, REPORT_FD, Report, Share, Socket,
+    VmConfig,
 };
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
@@ -30,7 +31,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interes
 use tokio::net::unix::pipe;
 use tokio::time::timeout;
 
-use crate::bundle::{Bundle, Network};
+use crate::bundle::Bundle;
 use crate::config::{Config, Programs, UIDS_PER_POD};
 use crate::state::Dirs;
 use crate::tail::Tail;
@@ -148,10 +149,7 @@ pub fn plan(
             root: dirs.jail_root(),
             uid_base: place.uid_base,
             uid_count: UIDS_PER_POD,
-            netns: match place.network {
-                Network::Join(path) => Some(path),
-                Network::New => None,
-            },
+            network: place.network,
             cgroups: place.cgroups,
             max_files: config.max_files,
         },

@@ -20,7 +20,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use command_fds::{CommandFdExt, FdMapping};
 use nacelle_protocol::GENERATION;
 use nacelle_protocol::ids::SandboxId;
-use nacelle_protocol::vm::{CONSOLE_FD, Jail, VmConfig};
+use nacelle_protocol::vm::{CONSOLE_FD, Jail, Network, VmConfig};
 use nacelle_vmm::krun::{Agent, Vm};
 use nacelle_vmm::plan::Plan;
 
@@ -94,6 +94,13 @@ fn config(kernel: &str, init: &str, vcpus: u8, memory_mib: u32) -> Result<VmConf
         disks: Vec::new(),
         sockets: Vec::new(),
         // Never entered.
-        jail: Jail { root: "/".into(), uid_base: 1, uid_count: 1, netns: None, cgroups: Vec::new(), max_files: 0 },
+        jail: Jail {
+            root: "/".into(),
+            uid_base: 1,
+            uid_count: 1,
+            network: Network::New,
+            cgroups: Vec::new(),
+            max_files: 0,
+        },
     })
 }

@@ -28,7 +28,7 @@ use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
-use nacelle_protocol::vm::{CONFIG_FD, CONSOLE_FD, LIFELINE_FD, REPORT_FD, Report};
+use nacelle_protocol::vm::{CONFIG_FD, CONSOLE_FD, LIFELINE_FD, Network, REPORT_FD, Report};
 use rustix::fs::FileType;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount};
 use rustix::process::{DumpableBehavior, Pid, Resource, Rlimit, WaitOptions, chdir, pivot_root, waitpid};
@@ -141,13 +141,14 @@ pub fn enter(plan: &Plan, lifeline: File, console: &File) -> Result<(), JailErro
 
     // 5. and 6. Namespaces. What the host mounts below a share later must still arrive, and nothing may leave: slave.
     let mut flags = UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWCGROUP;
-    match &jail.netns {
-        Some(path) => {
+    match &jail.network {
+        Network::Join(path) => {
             let stage = at("network namespace", format!("join network namespace {}", path.display()));
             let netns = File::open(path).map_err(at("network namespace", format!("open {}", path.display())))?;
             move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network)).map_err(stage)?;
         }
-        None => flags |= UnshareFlags::NEWNET,
+        Network::New => flags |= UnshareFlags::NEWNET,
+        Network::Host => {}
     }
     unshare(flags).map_err(at("namespaces", "unshare namespaces"))?;
     mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)

@@ -46,6 +46,8 @@ const KEEPS_ATTRIBUTES: u32 = 0;
 const ASKS_FOR_ATTRIBUTES: u32 = 1;
 /// `krun_set_kernel`: an ELF image.
 const KERNEL_FORMAT_ELF: u32 = 1;
+/// `krun_add_vsock`: the guest's IPv4 and IPv6 sockets are made by the VMM.
+const TSI_HIJACK_INET: u32 = 1;
 /// `krun_add_disk3`: a raw image.
 const DISK_FORMAT_RAW: u32 = 0;
 /// `krun_add_disk3`: the guest is offered no flush.
@@ -147,7 +149,7 @@ impl Vm {
         add_root(ctx, &agent)?;
         machine.shares.iter().try_for_each(|share| add_share(ctx, share))?;
         machine.disks.iter().try_for_each(|disk| add_disk(ctx, disk))?;
-        add_sockets(ctx, &machine.sockets)?;
+        add_sockets(ctx, &machine)?;
         let status = sys::krun_start_enter(ctx);
         // It does not return but with an error; a zero would be one, too.
         Err(failed("krun_start_enter", if status < 0 { status } else { -libc::EPROTO }))
@@ -226,11 +228,12 @@ fn add_disk(ctx: u32, disk: &Disk) -> Result<(), KrunError> {
     .map(drop)
 }
 
-/// libkrun's implicit vsock would carry the guest's network, and tell the kernel so; ours has ports only.
-fn add_sockets(ctx: u32, sockets: &[(u32, String)]) -> Result<(), KrunError> {
+/// libkrun's implicit vsock would carry the guest's network, and tell the kernel so; ours does only when it is asked to.
+fn add_sockets(ctx: u32, machine: &Machine) -> Result<(), KrunError> {
     done("krun_disable_implicit_vsock", sys::krun_disable_implicit_vsock(ctx))?;
-    done("krun_add_vsock", sys::krun_add_vsock(ctx, 0))?;
-    for (port, path) in sockets {
+    let features = if machine.host_network { TSI_HIJACK_INET } else { 0 };
+    done("krun_add_vsock", sys::krun_add_vsock(ctx, features))?;
+    for (port, path) in &machine.sockets {
         let path = CString::new(path.as_str())?;
         // SAFETY: the string outlives the call, which copies it.
         done("krun_add_vsock_port2", unsafe { sys::krun_add_vsock_port2(ctx, *port, path.as_ptr(), false) })?;

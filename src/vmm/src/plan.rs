@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use nacelle_protocol::GENERATION;
 use nacelle_protocol::agent::UPPER_SERIAL;
-use nacelle_protocol::vm::{Jail, VmConfig};
+use nacelle_protocol::vm::{Jail, Network, VmConfig};
 use thiserror::Error;
 
 /// virtio-mmio devices that libkrun can attach: one interrupt line each, 5 to 15 (`krun-arch`, x86_64/layout.rs).
@@ -190,6 +190,8 @@ pub struct Machine {
     pub disks: Vec<Disk>,
     /// Ports that the guest may dial, and the sockets behind them.
     pub sockets: Vec<(u32, String)>,
+    /// The VMM makes the sockets that the guest asks for.
+    pub host_network: bool,
 }
 
 /// A checked [`VmConfig`].
@@ -240,6 +242,7 @@ impl Plan {
             shares: Vec::with_capacity(shares),
             disks: Vec::with_capacity(disks),
             sockets: Vec::with_capacity(config.sockets.len()),
+            host_network: config.jail.network == Network::Host,
         };
         let mut names = BTreeSet::new();
         for share in &config.shares {
@@ -286,7 +289,9 @@ impl Plan {
 
 fn check_jail(jail: &Jail) -> Result<(), PlanError> {
     absolute("jail root", &jail.root)?;
-    jail.netns.iter().try_for_each(|path| absolute("network namespace", path))?;
+    if let Network::Join(path) = &jail.network {
+        absolute("network namespace", path)?;
+    }
     jail.cgroups.iter().try_for_each(|path| absolute("cgroup", path))?;
     // 4294967295 is "no id" to the kernel, so no range may reach it.
     let (base, count) = (jail.uid_base, jail.uid_count);
@@ -365,7 +370,7 @@ mod tests {
                 root: "/run/j".into(),
                 uid_base: 100_000,
                 uid_count: 65_536,
-                netns: None,
+                network: Network::New,
                 cgroups: Vec::new(),
                 max_files: 1024,
             },

@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use command_fds::{CommandFdExt, FdMapping};
 use nacelle_protocol::GENERATION;
 use nacelle_protocol::ids::SandboxId;
-use nacelle_protocol::vm::{Jail, MAX_JSON, Report, VmConfig};
+use nacelle_protocol::vm::{Jail, MAX_JSON, Network, Report, VmConfig};
 
 fn vmm() -> Command {
     Command::new(env!("CARGO_BIN_EXE_nacelle-vmm"))
@@ -57,7 +57,7 @@ fn config(dir: &Path) -> VmConfig {
             root: dir.join("jail"),
             uid_base: 700_000,
             uid_count: 65_536,
-            netns: None,
+            network: Network::New,
             cgroups: Vec::new(),
             max_files: 1024,
         },

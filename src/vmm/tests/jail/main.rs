@@ -10,7 +10,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use nacelle_protocol::vm::Report;
+use nacelle_protocol::vm::{Network, Report};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::process::{Signal, getpid, kill_process, set_child_subreaper};
 
@@ -132,7 +132,7 @@ fn network_namespace_is_joined() {
         holder.stdout.as_mut().expect("pipe").read_exact(&mut [0]).expect("read");
     }
     let netns = format!("/proc/{}/ns/net", holder.id());
-    setup.config.jail.netns = Some((&netns).into());
+    setup.config.jail.network = Network::Join((&netns).into());
     let sandbox = setup.start();
     assert_eq!(fs::read_link(sandbox.proc("ns/net")).expect("link"), fs::read_link(netns).expect("link"));
     holder.kill().expect("kill");
@@ -412,7 +412,7 @@ fn failures_are_closed_and_named() {
         ("root", "it is a Directory, not a RegularFile", |s| s.config.disks[0].source = "/proc".into()),
         ("root", "it is a RegularFile, not a Socket", |s| s.config.sockets[0].source = s.path("disk")),
         ("cgroups", "join cgroup /nonexistent", |s| s.config.jail.cgroups = vec!["/nonexistent".into()]),
-        ("network namespace", "open /nonexistent", |s| s.config.jail.netns = Some("/nonexistent".into())),
+        ("network namespace", "open /nonexistent", |s| s.config.jail.network = Network::Join("/nonexistent".into())),
         ("limits", "limit open files", |s| s.config.jail.max_files = u64::MAX - 1),
     ];
     for (stage, message, change) in cases {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use command_fds::{CommandFdExt, FdMapping};
 use nacelle_protocol::GENERATION;
 use nacelle_protocol::ids::SandboxId;
-use nacelle_protocol::vm::{Disk, Jail, Report, Share, Socket, VmConfig};
+use nacelle_protocol::vm::{Disk, Jail, Network, Report, Share, Socket, VmConfig};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount};
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, kill_process, waitpid};
 use tempfile::TempDir;
@@ -59,7 +59,7 @@ impl Setup {
                 root: path("jail"),
                 uid_base: BASE,
                 uid_count: 65_536,
-                netns: None,
+                network: Network::New,
                 cgroups: Vec::new(),
                 max_files: 4096,
             },
