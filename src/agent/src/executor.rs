@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  libcontainer: namespaces, mounts, cgroup, user ─► executor, still with all capabilities
-//!    terminal: owner and size ─► working directory ─► seccomp filter and capabilities ─► execve
+//!    program there? ─► (a container: told to start) ─► terminal: owner and size ─► working directory ─► seccomp filter and capabilities ─► execve
 //! ```
 //!
 //! What goes wrong here is reported through the runner's pipe, which closes by itself when execve succeeds.
@@ -17,6 +17,7 @@ use libcontainer::capabilities::drop_privileges;
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use nix::errno::Errno;
+use nix::unistd::AccessFlags;
 use oci_spec::runtime::Spec;
 use rustix::termios::{Winsize, tcsetwinsize};
 use thiserror::Error;
@@ -172,8 +173,42 @@ impl Executor for LastSteps {
         std::process::exit(code)
     }
 
-    fn validate(&self, _spec: &Spec) -> Result<(), ExecutorValidationError> {
-        // Whether there is such a program is found out by executing it, when the container is started.
-        Ok(())
+    /// A program that is not there is told when the container is created, as callers expect: `ctr run --rm` and the
+    /// kubelet clean up after that, and not after a container that never started.
+    fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
+        let process = spec.process().as_ref();
+        let args = process.and_then(|process| process.args().as_deref()).unwrap_or_default();
+        let env = process.and_then(|process| process.env().as_deref()).unwrap_or_default();
+        let path = env.iter().rev().find_map(|variable| variable.strip_prefix("PATH=")).unwrap_or_default();
+        let name = args.first().map(String::as_str).unwrap_or_default();
+        look_up(name, path, &self.execute.cwd).map_err(|error| {
+            self.reporter.send(&Line::NotExecuted { code: error.code(), text: chain(&error) });
+            ExecutorValidationError::ArgValidationError(error.to_string())
+        })
     }
+}
+
+/// Whether [`execve`] will find something to execute. That it cannot be executed may still show only then.
+fn look_up(name: &str, path: &str, cwd: &Path) -> Result<(), LaunchError> {
+    let try_path = |path: &Path| {
+        let file = cwd.join(path);
+        match std::fs::metadata(&file) {
+            Ok(metadata) if !metadata.is_file() => Err(Errno::EACCES),
+            Ok(_) => nix::unistd::access(&file, AccessFlags::X_OK),
+            Err(error) => Err(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)),
+        }
+    };
+    let failed = |errno| LaunchError::Exec { name: name.to_owned(), errno };
+    if name.contains('/') {
+        return try_path(Path::new(name)).map_err(failed);
+    }
+    let mut denied = None;
+    for directory in path.split(':') {
+        match try_path(&Path::new(directory).join(name)) {
+            Ok(()) => return Ok(()),
+            Err(Errno::EACCES) => denied = Some(Errno::EACCES),
+            Err(_) => {}
+        }
+    }
+    Err(denied.map_or_else(|| LaunchError::NotInPath(name.to_owned()), failed))
 }

@@ -5,7 +5,7 @@
 //!           descriptors 0 to 2: those of the container's process
 //!           descriptor 3: pipe to the agent, one Line as JSON a line
 //!
-//!  create:  Log* (Created | Failed), then from the container's own process, at Start:  NotExecuted | end of file
+//!  create:  Log* NotExecuted? (Created | Failed), then from the container's own process, at Start:  NotExecuted | end of file
 //!  exec:    Log* NotExecuted? (Created | Failed)
 //! ```
 //!
