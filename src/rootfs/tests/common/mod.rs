@@ -96,11 +96,15 @@ pub fn convert(source: &Path, image: &Path) -> (Tree, Written) {
     (tree, written)
 }
 
-/// Converts `source`; the image must please fsck.erofs and our reader, and the kernel must show in it exactly what `source` has.
+/// Converts `source`; the image must please fsck.erofs and our reader, the kernel must show in it exactly what `source` has, and
+/// a second conversion must give the same bytes.
 pub fn assert_faithful(workshop: &Path, source: &Path) -> PathBuf {
     let image = workshop.join("image.erofs");
     let (_, written) = convert(source, &image);
     assert_eq!(fs::metadata(&image).unwrap().len(), written.size);
+    let again = layer::scan(source, &Limits::default()).unwrap();
+    let again = Plan::new(&again).unwrap().write(std::io::sink()).unwrap();
+    assert_eq!(written, again, "the same tree gives the same bytes: size, inodes and checksum of the whole");
     assert_sound(&image);
     let mounted = mount_erofs(&image, &workshop.join("mounted"));
     assert_same(&survey(source), &survey(&mounted));
