@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-pub use super::check::Totals;
+pub use super::check::{Totals, checksum};
 use super::format::{self, BLOCK, Dirent, InodeCore, Layout, SLOT, SUPER_OFFSET, SUPER_SIZE, SuperBlock};
 use crate::tree::{OPAQUE, Time, Xattr};
 
