@@ -8,7 +8,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
-use nacelle_rootfs::erofs::format;
 use nacelle_rootfs::erofs::reader::{Image, Inode};
 use serde_json::{Value, json};
 
@@ -108,7 +107,7 @@ pub fn cat(arguments: &Cat, out: &mut impl io::Write) -> anyhow::Result<()> {
     let image = Image::open(&file)?;
     let inode = lookup(&image, &arguments.path)?;
     match kind(&inode) {
-        "file" => {}
+        "regular file" => {}
         "symlink" => {
             let target = image.link_target(&inode)?;
             bail!("print {}: it is a symbolic link to {}", arguments.path.display(), units::name(&target));
@@ -186,7 +185,7 @@ fn measure(
             here.bytes = here.bytes.saturating_add(child.bytes);
             here.names += child.names;
             here.children.push(child);
-        } else if kind(&inode) == "file" {
+        } else if kind(&inode) == "regular file" {
             here.bytes = here.bytes.saturating_add(inode.size);
         }
     }
@@ -222,17 +221,9 @@ fn bar(part: u64, whole: u64) -> String {
     format!("{}{}", "█".repeat(filled), "░".repeat(CELLS as usize - filled))
 }
 
+/// What an inode is; a whiteout is more than the device that it is made of.
 fn kind(inode: &Inode) -> &'static str {
-    match inode.mode & format::S_IFMT {
-        format::S_IFREG => "file",
-        format::S_IFDIR => "directory",
-        format::S_IFLNK => "symlink",
-        format::S_IFCHR if inode.is_whiteout() => "whiteout",
-        format::S_IFCHR => "character device",
-        format::S_IFBLK => "block device",
-        format::S_IFIFO => "fifo",
-        _ => "socket",
-    }
+    if inode.is_whiteout() { "whiteout" } else { inode.kind() }
 }
 
 fn describe(inode: &Inode) -> Value {

@@ -6,6 +6,8 @@
 //!                                   └ hit: a few system calls
 //!
 //!  tar archive ──tar::convert──► Tree, and the file data straight into the image ──► erofs::stream
+//!
+//!  patches ──patch::build──► Tree over a stack of images ──► erofs::writer ──► one more lower, on top
 //! ```
 //!
 //! This crate knows nothing of virtual machines, guests, pods, RPC or async code, and it never mounts anything. What it reads was
@@ -16,6 +18,7 @@ pub mod cache;
 pub mod erofs;
 pub mod layer;
 mod lock;
+pub mod patch;
 pub mod path;
 pub mod plan;
 pub mod stack;
@@ -47,6 +50,10 @@ pub struct Limits {
     pub pieces: usize,
     /// Bytes of small files of a tar archive that are kept in memory, to lie behind their inodes; later ones get blocks of their own.
     pub small_files: usize,
+    /// Patches in one list.
+    pub patches: usize,
+    /// Bytes of a file that a patch appends to, the addition included.
+    pub append: u64,
 }
 
 impl Default for Limits {
@@ -62,6 +69,8 @@ impl Default for Limits {
             header: 1 << 20,
             pieces: 16 << 10,
             small_files: 64 << 20,
+            patches: 1024,
+            append: 64 << 20,
         }
     }
 }

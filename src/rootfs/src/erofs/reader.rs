@@ -112,6 +112,19 @@ impl Inode {
         self.mode & format::S_IFMT == format::S_IFCHR && self.device == (0, 0)
     }
 
+    /// What it is, in words.
+    pub fn kind(&self) -> &'static str {
+        match self.mode & format::S_IFMT {
+            format::S_IFREG => "regular file",
+            format::S_IFDIR => "directory",
+            format::S_IFLNK => "symlink",
+            format::S_IFCHR => "character device",
+            format::S_IFBLK => "block device",
+            format::S_IFIFO => "fifo",
+            _ => "socket",
+        }
+    }
+
     /// Where its xattrs start.
     fn xattrs_at(&self, image_start: u64) -> u64 {
         image_start + self.nid * SLOT + self.core.core_size() as u64

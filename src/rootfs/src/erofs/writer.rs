@@ -354,6 +354,11 @@ impl<'a> Plan<'a> {
             return Ok(());
         }
         let path = || self.tree.path_of(id);
+        let failed = |e| match e {
+            CopyError::TooShort => WriteError::Changed(path()),
+            CopyError::Read(source) => WriteError::Read { path: path(), source },
+            CopyError::Write(source) => WriteError::Write(source),
+        };
         match &self.tree.inodes[id].node {
             Node::Directory(_) => {
                 let kind = |id: InodeId| (self.placed[id].nid, format::file_type(self.placed[id].core.mode));
@@ -371,12 +376,9 @@ impl<'a> Plan<'a> {
             Node::File { data: Data::Bytes(bytes), .. } => sink.put(bytes).map_err(WriteError::Write),
             Node::File { data: Data::At { location, .. }, .. } => {
                 let file = opener.open(location).map_err(|source| WriteError::Read { path: path(), source })?;
-                sink.copy(&file, range).map_err(|e| match e {
-                    CopyError::TooShort => WriteError::Changed(path()),
-                    CopyError::Read(source) => WriteError::Read { path: path(), source },
-                    CopyError::Write(source) => WriteError::Write(source),
-                })
+                sink.copy(&file, range).map_err(failed)
             }
+            Node::File { data: Data::Open(file), .. } => sink.copy(file, range).map_err(failed),
             _ => Ok(()),
         }
     }

@@ -312,7 +312,7 @@ impl<'a> Scan<'a> {
     }
 }
 
-fn inode(stat: &Statx, node: Node) -> Inode {
+pub(crate) fn inode(stat: &Statx, node: Node) -> Inode {
     Inode {
         permissions: stat.stx_mode & 0o7777,
         uid: stat.stx_uid,
@@ -323,12 +323,12 @@ fn inode(stat: &Statx, node: Node) -> Inode {
     }
 }
 
-fn statx(dir: &OwnedFd, name: &[u8], flags: AtFlags) -> rustix::io::Result<Statx> {
+pub(crate) fn statx(dir: &OwnedFd, name: &[u8], flags: AtFlags) -> rustix::io::Result<Statx> {
     let flags = flags | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
     rustix::fs::statx(dir, name, flags, StatxFlags::BASIC_STATS)
 }
 
-fn list(dir: &OwnedFd) -> rustix::io::Result<Vec<Box<[u8]>>> {
+pub(crate) fn list(dir: &OwnedFd) -> rustix::io::Result<Vec<Box<[u8]>>> {
     let mut names = Vec::new();
     let mut buffer = Vec::with_capacity(32 << 10);
     let mut entries = RawDir::new(dir, buffer.spare_capacity_mut());
