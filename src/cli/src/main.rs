@@ -8,6 +8,7 @@ mod build;
 mod doctor;
 mod image;
 mod layer;
+mod patch;
 mod progress;
 mod ps;
 mod units;
@@ -52,6 +53,11 @@ enum Command {
         #[arg(long, default_value_os_t = layer::default_data_dir())]
         data_dir: PathBuf,
     },
+    /// Check lists of patches to a root file system, or build what they come to
+    Patch {
+        #[command(subcommand)]
+        command: patch::Command,
+    },
     /// Make writable disks for containers
     Upper {
         #[command(subcommand)]
@@ -66,6 +72,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Doctor { json } => doctor::run(json, &mut io::stdout().lock()),
         Command::Layer { command, data_dir } => layer::run(command, &data_dir, &mut io::stdout().lock()),
+        Command::Patch { command } => patch::run(&command, &mut io::stdout().lock()).map(|()| true),
         Command::Upper { command, data_dir } => {
             upper::run(&command, &data_dir, &mut io::stdout().lock()).map(|()| true)
         }
