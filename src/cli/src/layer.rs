@@ -1,4 +1,4 @@
-//! `nacelle layer`: the layer cache of this node.
+//! `nacelle layer`: the layer cache of this node, and layer images wherever they are.
 
 use std::{
     io,
@@ -11,9 +11,9 @@ use clap::Subcommand;
 use nacelle_rootfs::{Cache, Limits};
 use serde_json::json;
 
-use crate::units;
+use crate::{build, image, units};
 
-/// What to do with the cache.
+/// What to do with layers.
 #[derive(Subcommand)]
 pub enum Command {
     /// List the cached layers, least recently used first
@@ -31,29 +31,46 @@ pub enum Command {
     /// Remove the least recently used layers that no sandbox uses
     Gc {
         /// Keep at most this many bytes; K, M, G and T are binary multiples
-        #[arg(long, value_parser = size)]
+        #[arg(long, value_parser = units::parse_bytes)]
         max: u64,
     },
+    /// Make an EROFS image of a directory or a tar archive
+    Build(build::Arguments),
+    /// Show what an image, or a file in it, is
+    Show(image::Show),
+    /// Print the content of a file in an image
+    Cat(image::Cat),
+    /// Show how the bytes of an image spread over its directories
+    Tree(image::Tree),
 }
 
 /// Does it; `false` when `verify` found a broken layer.
 pub fn run(command: Command, data_dir: &Path, out: &mut impl io::Write) -> anyhow::Result<bool> {
+    match command {
+        Command::Build(arguments) => build::run(&arguments, out).map(|()| true),
+        Command::Show(arguments) => image::show(&arguments, out).map(|()| true),
+        Command::Cat(arguments) => image::cat(&arguments, out).map(|()| true),
+        Command::Tree(arguments) => image::tree(&arguments, out).map(|()| true),
+        Command::Ls { json } => list(&open(data_dir)?, json, out),
+        Command::Verify { json } => verify(&open(data_dir)?, json, out),
+        Command::Gc { max } => collect(&open(data_dir)?, max, out),
+    }
+}
+
+fn open(data_dir: &Path) -> anyhow::Result<Cache> {
     if !data_dir.is_dir() {
         anyhow::bail!("open layer cache: {} is not a directory", data_dir.display());
     }
-    let cache = Cache::open(data_dir, Limits::default()).context("open layer cache")?;
-    match command {
-        Command::Ls { json } => list(&cache, json, out),
-        Command::Verify { json } => verify(&cache, json, out),
-        Command::Gc { max } => {
-            let done = cache.gc(max).context("collect layers")?;
-            for key in &done.removed {
-                writeln!(out, "removed {key}")?;
-            }
-            writeln!(out, "freed {}, kept {}", units::bytes(done.freed), units::bytes(done.kept))?;
-            Ok(true)
-        }
+    Cache::open(data_dir, Limits::default()).context("open layer cache")
+}
+
+fn collect(cache: &Cache, max: u64, out: &mut impl io::Write) -> anyhow::Result<bool> {
+    let done = cache.gc(max).context("collect layers")?;
+    for key in &done.removed {
+        writeln!(out, "removed {key}")?;
     }
+    writeln!(out, "freed {}, kept {}", units::bytes(done.freed), units::bytes(done.kept))?;
+    Ok(true)
 }
 
 fn list(cache: &Cache, json: bool, out: &mut impl io::Write) -> anyhow::Result<bool> {
@@ -100,21 +117,6 @@ fn idle(since: SystemTime) -> u64 {
     SystemTime::now().duration_since(since).unwrap_or_default().as_secs()
 }
 
-/// Reads a size such as `20G`.
-fn size(text: &str) -> Result<u64, String> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let factor: u64 = match text[digits.len()..].to_ascii_uppercase().as_str() {
-        "" | "B" => 1,
-        "K" | "KIB" => 1 << 10,
-        "M" | "MIB" => 1 << 20,
-        "G" | "GIB" => 1 << 30,
-        "T" | "TIB" => 1 << 40,
-        unit => return Err(format!("unknown unit {unit}: use K, M, G or T")),
-    };
-    let count: u64 = digits.parse().map_err(|_| format!("{digits:?} is not a whole number"))?;
-    count.checked_mul(factor).ok_or_else(|| "too large".to_owned())
-}
-
 /// Where the layer cache lives unless the configuration says otherwise.
 pub fn default_data_dir() -> PathBuf {
     PathBuf::from("/var/lib/nacelle")
@@ -123,15 +125,6 @@ pub fn default_data_dir() -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn reads_sizes() {
-        assert_eq!(size("0"), Ok(0));
-        assert_eq!(size("20G"), Ok(20 << 30));
-        assert_eq!(size("1MiB"), Ok(1 << 20));
-        assert!(size("G").is_err() && size("1X").is_err() && size("-1").is_err());
-        assert!(size("99999999999T").is_err());
-    }
 
     #[test]
     fn an_empty_cache_is_listed() {

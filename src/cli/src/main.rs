@@ -1,12 +1,18 @@
-//! `nacelle`, for people: can this node run nacelle, what is running, what is in the layer cache?
+//! `nacelle`, for people: can this node run nacelle, what is running, what is in the layer cache
+//! or in an image?
 //!
 //! It reads files that the shim leaves for it and works on the layer cache through `nacelle-rootfs`; it speaks to no
 //! running sandbox, so it needs no daemon and disturbs nothing.
 
+mod build;
 mod doctor;
+mod image;
 mod layer;
+mod patch;
+mod progress;
 mod ps;
 mod units;
+mod upper;
 
 use std::{io, path::PathBuf, process::ExitCode};
 
@@ -39,11 +45,24 @@ enum Command {
         #[arg(long, default_value = "/run/nacelle")]
         run_dir: PathBuf,
     },
-    /// Look after the layer cache
+    /// Look after the layer cache; make and look into layer images
     Layer {
         #[command(subcommand)]
         command: layer::Command,
         /// Where nacelle keeps its data, as `data_dir` in the configuration
+        #[arg(long, default_value_os_t = layer::default_data_dir())]
+        data_dir: PathBuf,
+    },
+    /// Check lists of patches to a root file system, or build what they come to
+    Patch {
+        #[command(subcommand)]
+        command: patch::Command,
+    },
+    /// Make writable disks for containers
+    Upper {
+        #[command(subcommand)]
+        command: upper::Command,
+        /// Where nacelle keeps its data; templates are kept there
         #[arg(long, default_value_os_t = layer::default_data_dir())]
         data_dir: PathBuf,
     },
@@ -53,6 +72,10 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Doctor { json } => doctor::run(json, &mut io::stdout().lock()),
         Command::Layer { command, data_dir } => layer::run(command, &data_dir, &mut io::stdout().lock()),
+        Command::Patch { command } => patch::run(&command, &mut io::stdout().lock()).map(|()| true),
+        Command::Upper { command, data_dir } => {
+            upper::run(&command, &data_dir, &mut io::stdout().lock()).map(|()| true)
+        }
         Command::Ps { long, json, run_dir } => ps::run(&run_dir, long, json, &mut io::stdout().lock()),
     };
     match result {

@@ -4,17 +4,25 @@
 //!  mounts ──plan──► RootfsPlan ──Cache::acquire_all──► images, bottom first ──link_into──► a pod's directory
 //!                                   │ miss: layer::scan ─► Tree ─► erofs::writer
 //!                                   └ hit: a few system calls
+//!
+//!  tar archive ──tar::convert──► Tree, and the file data straight into the image ──► erofs::stream
+//!
+//!  patches ──patch::build──► Tree over a stack of images ──► erofs::writer ──► one more lower, on top
 //! ```
 //!
 //! This crate knows nothing of virtual machines, guests, pods, RPC or async code, and it never mounts anything. What it reads was
 //! made by others: layers and images are checked, bounded by [`Limits`] and never followed out of their directory.
 
+pub mod builder;
 pub mod cache;
 pub mod erofs;
 pub mod layer;
 mod lock;
+pub mod patch;
+pub mod path;
 pub mod plan;
 pub mod stack;
+pub mod tar;
 pub mod tree;
 pub mod upper;
 
@@ -34,11 +42,35 @@ pub struct Limits {
     pub path: usize,
     /// Bytes of all extended attributes of one inode.
     pub xattrs: usize,
+    /// Bytes of one file in a tar archive, holes included.
+    pub file: u64,
+    /// Bytes of one extension header of a tar archive: long names and extended attributes.
+    pub header: usize,
+    /// Pieces of data in one sparse file of a tar archive.
+    pub pieces: usize,
+    /// Bytes of small files of a tar archive that are kept in memory, to lie behind their inodes; later ones get blocks of their own.
+    pub small_files: usize,
+    /// Patches in one list.
+    pub patches: usize,
+    /// Bytes of a file that a patch appends to, the addition included.
+    pub append: u64,
 }
 
 impl Default for Limits {
     /// Far above any image in use, far below what would hurt a node.
     fn default() -> Limits {
-        Limits { entries: 4_000_000, bytes: 1 << 40, depth: 2048, path: 4095, xattrs: 128 << 10 }
+        Limits {
+            entries: 4_000_000,
+            bytes: 1 << 40,
+            depth: 2048,
+            path: 4095,
+            xattrs: 128 << 10,
+            file: 1 << 40,
+            header: 1 << 20,
+            pieces: 16 << 10,
+            small_files: 64 << 20,
+            patches: 1024,
+            append: 64 << 20,
+        }
     }
 }

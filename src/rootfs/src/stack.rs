@@ -38,6 +38,11 @@ impl<'a, S: ReadAt + ?Sized> Stack<'a, S> {
         self.images.get(layer)
     }
 
+    /// The merged root, credited to the topmost layer; `None` without layers.
+    pub fn root(&self) -> Result<Option<Found>, ReadError> {
+        Ok(self.roots()?.into_iter().next())
+    }
+
     /// Finds a path, given by its components. `None` when it is absent or hidden, and for no components at all.
     pub fn lookup<'p>(&self, path: impl IntoIterator<Item = &'p [u8]>) -> Result<Option<Found>, ReadError> {
         let mut found: Vec<Found> = Vec::new(); // the contributing layers, top first

@@ -85,6 +85,25 @@ pub enum Data {
         /// Byte ranges with data; `None` when everything is data.
         extents: Option<Vec<Range<u64>>>,
     },
+    /// In a file that is held open.
+    Open(Arc<OwnedFd>),
+    /// In the image already, put there by [`crate::erofs::stream::Stream::store`].
+    Stored {
+        /// Block where it starts.
+        block: u32,
+        /// As above.
+        extents: Option<Vec<Range<u64>>>,
+    },
+}
+
+impl Data {
+    /// Byte ranges with data when the file is sparse.
+    pub fn extents(&self) -> Option<&[Range<u64>]> {
+        match self {
+            Data::Bytes(_) | Data::Open(_) => None,
+            Data::At { extents, .. } | Data::Stored { extents, .. } => extents.as_deref(),
+        }
+    }
 }
 
 /// One inode of the layer.
@@ -109,6 +128,23 @@ impl Inode {
     pub fn whiteout() -> Inode {
         let node = Node::CharDevice { major: 0, minor: 0 };
         Inode { permissions: 0, uid: 0, gid: 0, mtime: Time::default(), xattrs: Vec::new(), node }
+    }
+
+    /// What it is, in words.
+    pub fn kind(&self) -> &'static str {
+        match self.node {
+            Node::Directory(_) => "directory",
+            Node::File { .. } => "regular file",
+            Node::Symlink(_) => "symlink",
+            Node::CharDevice { .. } => "character device",
+            Node::BlockDevice { .. } => "block device",
+            Node::Fifo => "fifo",
+        }
+    }
+
+    /// A directory of root's that nobody described: 0755, from the beginning of time.
+    pub fn directory() -> Inode {
+        Inode { permissions: 0o755, node: Node::Directory(Vec::new()), ..Inode::whiteout() }
     }
 
     /// True for [`Inode::whiteout`]'s kind.

@@ -222,6 +222,18 @@ fn a_directory_of_50_000_names() {
 }
 
 #[test]
+fn a_hundred_thousand_small_files() {
+    let workshop = workshop();
+    let tree = tmpfs(&workshop.path().join("tree"), "size=1g,nr_inodes=0");
+    let mut dice = common::Dice(5);
+    for folder in 0..400 {
+        let folder = dir(tree.join(format!("{}/{folder}", folder % 20)));
+        (0..250).for_each(|i| fs::write(folder.join(format!("{i}.txt")), vec![i as u8; dice.roll(4000)]).unwrap());
+    }
+    assert_faithful(workshop.path(), &tree);
+}
+
+#[test]
 fn deep_paths() {
     let workshop = workshop();
     let tree = dir(workshop.path().join("tree"));
@@ -284,6 +296,22 @@ fn images_are_reproducible() {
     convert(&copy, &images[2]);
     let bytes = images.map(|image| fs::read(image).unwrap());
     assert!(bytes[0] == bytes[1] && bytes[1] == bytes[2]);
+}
+
+/// The essential packages of Debian, as they are installed here: what the lowest layer of most images is.
+#[test]
+fn a_debian_base() {
+    let workshop = workshop();
+    let tree = dir(workshop.path().join("tree"));
+    let list = workshop.path().join("list");
+    // Some packages still name their files by the links that /bin and /lib are today.
+    let copy = r#"dpkg-query -Wf '${Essential} ${binary:Package}\n' | sed -n 's/^yes //p' | xargs dpkg -L |
+            sed -nE 's,^/(bin|sbin|lib[0-9x]*)/,/usr/\1/,; \,^/(etc|usr|var|bin|sbin|lib[0-9x]*)(/|$),p' | sort -u >"$1"
+        tar --create --no-recursion --xattrs --xattrs-include='*' --files-from="$1" --ignore-failed-read |
+            tar --extract --xattrs --xattrs-include='*' --same-owner --directory="$2""#;
+    run("dpkg and tar", "sh", &[&"-ec", &copy, &"sh", &list, &tree]);
+    assert!(tree.join("bin").is_symlink() && tree.join("usr/bin/dpkg").is_file(), "a Debian machine has these");
+    assert_faithful(workshop.path(), &tree);
 }
 
 /// A tree of this machine's own programs, as a check on everything at once.

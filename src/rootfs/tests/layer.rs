@@ -203,7 +203,7 @@ fn each_limit_has_its_error() {
     dir(layer.join("a/b/c"));
     set_xattr(&layer.join("file"), "user.a", &[0; 500]);
     let try_with = |change: fn(&mut Limits)| {
-        let mut limits = Limits { entries: 5, bytes: 10_000, depth: 3, path: 5, xattrs: 506 };
+        let mut limits = Limits { entries: 5, bytes: 10_000, depth: 3, path: 5, xattrs: 506, ..Limits::default() };
         change(&mut limits);
         scan(&layer, &limits)
     };

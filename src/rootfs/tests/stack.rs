@@ -7,41 +7,13 @@ use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use common::{Dice, mount_erofs, mount_overlay, workshop};
+use common::{Dice, NAMES, grow_layer, mount_erofs, mount_overlay, workshop};
 use nacelle_rootfs::erofs::reader::Image;
 use nacelle_rootfs::erofs::writer::Plan;
 use nacelle_rootfs::stack::Stack;
-use nacelle_rootfs::tree::{Data, Entry, Inode, Node, Tree};
+use nacelle_rootfs::tree::Tree;
 
-const NAMES: [&[u8]; 4] = [b"a", b"b", b"c", b"d"];
 const LAYERS: u16 = 5;
-
-/// Adds random children, three levels deep. The permissions tell the layer.
-fn grow(tree: &mut Tree, dice: &mut Dice, layer: u16, depth: usize) -> usize {
-    let id = tree.inodes.len();
-    let inode = |node| Inode { permissions: 0o700 + layer, node, ..Inode::whiteout() };
-    tree.inodes.push(inode(Node::Directory(Vec::new())));
-    if depth > 0 && dice.roll(5) == 0 {
-        tree.inodes[id].set_opaque();
-    }
-    let mut entries = Vec::new();
-    for name in NAMES {
-        let node = match dice.roll(10) {
-            0..=3 => continue,
-            4..=6 if depth < 3 => {
-                entries.push(Entry { name: name.into(), inode: grow(tree, dice, layer, depth + 1) });
-                continue;
-            }
-            7 => Node::Symlink((*b"a").into()),
-            8 => Node::CharDevice { major: 0, minor: 0 },
-            _ => Node::File { size: 1, data: Data::Bytes([layer as u8].into()) },
-        };
-        tree.inodes.push(inode(node));
-        entries.push(Entry { name: name.into(), inode: tree.inodes.len() - 1 });
-    }
-    tree.inodes[id].node = Node::Directory(entries);
-    id
-}
 
 /// The mode of what the kernel finds, whose last bits tell the layer.
 fn in_kernel(path: &Path) -> Option<u32> {
@@ -57,7 +29,7 @@ fn lookup_agrees_with_overlayfs() {
         let (mut mounts, mut files) = (Vec::new(), Vec::new());
         for layer in 0..LAYERS {
             let mut tree = Tree { inodes: Vec::new() };
-            grow(&mut tree, &mut dice, layer, 0);
+            grow_layer(&mut tree, &mut dice, layer, 0);
             let path = base.join(format!("{layer}.erofs"));
             Plan::new(&tree).unwrap().write(File::create(&path).unwrap()).unwrap();
             files.push(File::open(&path).unwrap());

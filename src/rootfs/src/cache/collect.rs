@@ -6,9 +6,9 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::time::SystemTime;
 
-use super::sidecar::{self, Sidecar};
+use super::sidecar::Sidecar;
 use super::{Cache, CacheError, failed};
-use crate::erofs::reader::Image;
+use crate::erofs::reader::{Image, checksum};
 use crate::lock::{self, Lock};
 
 /// One image in the store.
@@ -128,7 +128,7 @@ impl Cache {
     fn problem(&self, key: &str) -> Result<(), String> {
         let image = File::open(self.file(key, "erofs")).map_err(|e| format!("open image: {e}"))?;
         let (sidecar, _) = Sidecar::read(&self.file(key, "json")).map_err(|e| format!("read sidecar: {e}"))?;
-        let checksum = sidecar::checksum(&image).map_err(|e| format!("read image: {e}"))?;
+        let checksum = checksum(&image).map_err(|e| format!("read image: {e}"))?;
         if checksum != sidecar.checksum {
             return Err("checksum mismatch".into());
         }

@@ -37,6 +37,7 @@ use rustix::io::Errno;
 pub use collect::{Cached, Collected, Verdict};
 
 use crate::Limits;
+use crate::erofs::reader::checksum;
 use crate::erofs::writer::WriteError;
 use crate::layer::LayerError;
 use crate::lock::{self, Lock};
@@ -282,7 +283,7 @@ impl Cache {
         let path = self.file(key, "json");
         let (mut sidecar, _) = Sidecar::read(&path).ok()?;
         let image = File::open(self.file(key, "erofs")).ok()?;
-        (sidecar::checksum(&image).ok()? == sidecar.checksum).then_some(())?;
+        (checksum(&image).ok()? == sidecar.checksum).then_some(())?;
         sidecar.stamp = Stamp::of(&image).ok()?;
         sidecar.write(&path).ok()
     }

@@ -80,24 +80,6 @@ impl Sidecar {
     }
 }
 
-/// CRC-32C of a whole file.
-pub fn checksum(file: &File) -> io::Result<u32> {
-    let mut checksum = 0;
-    let mut buffer = vec![0; 1 << 20];
-    let mut at = 0;
-    loop {
-        match file.read_at(&mut buffer, at) {
-            Ok(0) => return Ok(checksum),
-            Ok(n) => {
-                checksum = crc32c::crc32c_append(checksum, &buffer[..n]);
-                at += n as u64;
-            }
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-}
-
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }

@@ -1,9 +1,30 @@
 //! A check of a whole image, as far as it can be checked without its source.
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
 
 use super::format;
 use super::reader::{Image, Inode, ReadAt, ReadError, Result};
+
+/// CRC-32C of a whole image, as [`super::writer::Written`] has it.
+pub fn checksum(file: &File) -> io::Result<u32> {
+    let mut checksum = 0;
+    let mut buffer = vec![0; 1 << 20];
+    let mut at = 0;
+    loop {
+        match FileExt::read_at(file, &mut buffer, at) {
+            Ok(0) => return Ok(checksum),
+            Ok(n) => {
+                checksum = crc32c::crc32c_append(checksum, &buffer[..n]);
+                at += n as u64;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
 
 /// What [`Image::check`] counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -9,6 +9,7 @@
 use std::ops::Range;
 
 use super::format::{BLOCK, BLOCK_BITS, CHUNK_BITS_MASK};
+use super::writer::INLINE_MAX;
 
 /// Blocks that `range` fills, its start being at a block's start.
 pub fn blocks(range: &Range<u64>) -> u64 {
@@ -30,8 +31,13 @@ pub fn map(extents: &[Range<u64>], size: u64, bits: u8) -> impl Iterator<Item = 
     })
 }
 
+/// How a file is stored: `log2` of its chunk size, or 0 for in one piece.
+pub fn bits_for(extents: Option<&[Range<u64>]>, size: u64) -> u8 {
+    extents.filter(|_| size > INLINE_MAX).map_or(0, |extents| best_bits(extents, size))
+}
+
 /// `log2` of the chunk size that makes map and stored chunks smallest together; 0 when storing the file whole is no larger.
-pub fn best_bits(extents: &[Range<u64>], size: u64) -> u8 {
+fn best_bits(extents: &[Range<u64>], size: u64) -> u8 {
     let whole = size.next_multiple_of(BLOCK);
     (BLOCK_BITS..=BLOCK_BITS + CHUNK_BITS_MASK as u8)
         .map(|bits| (cost(extents, size, bits), bits))

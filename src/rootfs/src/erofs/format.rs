@@ -9,7 +9,8 @@
 //!  | (zeros)     |             |        | and its inline data or chunk map      | blocks    | blocks |
 //!  |---------------- block 0 -----------|------------ metadata area ------------|------- data -------|
 //!
-//!  nid n is the inode at byte META_BLOCK * 4096 + n * 32.
+//!  nid n is the inode at byte meta_block * 4096 + n * 32. An image made from a stream has the file blocks first, from block 1, and
+//!  the metadata area and the directory blocks behind them.
 //!
 //!  one inode:   | core 32 or 64 | xattrs: header 12, entries aligned to 4 | inline tail  or  chunk map: 4 bytes a chunk |
 //!

@@ -8,6 +8,7 @@ mod directory;
 pub mod format;
 pub mod reader;
 mod sink;
+pub mod stream;
 mod walk;
 pub mod writer;
 mod xattrs;

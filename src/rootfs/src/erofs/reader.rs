@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-pub use super::check::Totals;
+pub use super::check::{Totals, checksum};
 use super::format::{self, BLOCK, Dirent, InodeCore, Layout, SLOT, SUPER_OFFSET, SUPER_SIZE, SuperBlock};
 use crate::tree::{OPAQUE, Time, Xattr};
 
@@ -110,6 +110,19 @@ impl Inode {
     /// True for overlayfs's mark that a name is removed: a character device 0:0.
     pub fn is_whiteout(&self) -> bool {
         self.mode & format::S_IFMT == format::S_IFCHR && self.device == (0, 0)
+    }
+
+    /// What it is, in words.
+    pub fn kind(&self) -> &'static str {
+        match self.mode & format::S_IFMT {
+            format::S_IFREG => "regular file",
+            format::S_IFDIR => "directory",
+            format::S_IFLNK => "symlink",
+            format::S_IFCHR => "character device",
+            format::S_IFBLK => "block device",
+            format::S_IFIFO => "fifo",
+            _ => "socket",
+        }
     }
 
     /// Where its xattrs start.

@@ -1,6 +1,6 @@
 //! The end of the writer: one buffer in front of the output, which knows its position and sums up what passes.
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 
@@ -19,7 +19,8 @@ pub struct Sink<W> {
     checksum: u32,
 }
 
-/// Why [`Sink::copy`] stopped.
+/// Why a copy stopped.
+#[derive(Debug)]
 pub enum CopyError {
     /// The file has fewer bytes than wanted.
     TooShort,
@@ -30,9 +31,14 @@ pub enum CopyError {
 }
 
 impl<W: Write> Sink<W> {
-    /// A sink at position 0.
-    pub fn new(out: W) -> Sink<W> {
-        Sink { out, buffer: vec![0; BUFFER].into(), filled: 0, flushed: 0, checksum: 0 }
+    /// A sink whose first byte will be at `position` of the image.
+    pub fn new(out: W, position: u64) -> Sink<W> {
+        Sink { out, buffer: vec![0; BUFFER].into(), filled: 0, flushed: position, checksum: 0 }
+    }
+
+    /// Where the next byte goes.
+    pub fn position(&self) -> u64 {
+        self.flushed + self.filled as u64
     }
 
     /// Appends bytes.
@@ -49,8 +55,8 @@ impl<W: Write> Sink<W> {
 
     /// Appends zeros until the output is `position` bytes long.
     pub fn pad_to(&mut self, position: u64) -> io::Result<()> {
-        let now = self.flushed + self.filled as u64;
-        let mut missing = position.checked_sub(now).ok_or_else(|| io::Error::other("image layout overlaps itself"))?;
+        let mut missing =
+            position.checked_sub(self.position()).ok_or_else(|| io::Error::other("image layout overlaps itself"))?;
         while missing > 0 {
             let free = &mut self.buffer[self.filled..];
             let now = free.len().min(usize::try_from(missing).unwrap_or(usize::MAX));
@@ -63,7 +69,7 @@ impl<W: Write> Sink<W> {
 
     /// Appends zeros up to the next block.
     pub fn pad_to_block(&mut self) -> io::Result<()> {
-        self.pad_to((self.flushed + self.filled as u64).next_multiple_of(BLOCK))
+        self.pad_to(self.position().next_multiple_of(BLOCK))
     }
 
     /// Appends a range of a file.
@@ -85,7 +91,25 @@ impl<W: Write> Sink<W> {
         Ok(())
     }
 
-    /// Writes what is left; returns the CRC-32C of everything.
+    /// Appends the next `len` bytes of a stream.
+    pub fn copy_stream(&mut self, source: &mut impl Read, mut len: u64) -> Result<(), CopyError> {
+        while len > 0 {
+            let free = &mut self.buffer[self.filled..];
+            let wanted = free.len().min(usize::try_from(len).unwrap_or(usize::MAX));
+            match source.read(&mut free[..wanted]) {
+                Ok(0) => return Err(CopyError::TooShort),
+                Ok(n) => {
+                    self.advance(n).map_err(CopyError::Write)?;
+                    len -= n as u64;
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(CopyError::Read(e)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what is left; returns the CRC-32C of everything that passed.
     pub fn finish(mut self) -> io::Result<u32> {
         self.flush()?;
         self.out.flush()?;

@@ -31,8 +31,8 @@ pub const VERSION: u32 = 1;
 /// and the gap must stay smaller than what is saved.
 pub const INLINE_MAX: u64 = 2048;
 
-/// The metadata area starts after the superblock's block, so the superblock's checksum covers nothing else.
-const META_BLOCK: u32 = 1;
+/// What follows the superblock's block, so that the superblock's checksum covers nothing else.
+pub(super) const FIRST_BLOCK: u32 = 1;
 /// nid 0 is left out: a directory entry with inode number 0 means "deleted" to `readdir`.
 const FIRST_NID: u64 = 1;
 
@@ -81,6 +81,7 @@ pub struct Plan<'a> {
     placed: Vec<Placed>,
     parents: Vec<InodeId>,
     time: Time,
+    meta_block: u32,
     blocks: u32,
 }
 
@@ -99,9 +100,15 @@ struct Placed {
 impl<'a> Plan<'a> {
     /// Lays the tree out.
     pub fn new(tree: &'a Tree) -> Result<Plan<'a>, WriteError> {
+        Plan::after(tree, FIRST_BLOCK)
+    }
+
+    /// Lays the tree out behind file data that ends before block `meta_block`.
+    pub(super) fn after(tree: &'a Tree, meta_block: u32) -> Result<Plan<'a>, WriteError> {
         let walk = Walk::new(tree);
         let time = common_time(tree);
-        let mut plan = Plan { tree, order: walk.order, parents: walk.parents, placed: Vec::new(), time, blocks: 0 };
+        let (order, parents) = (walk.order, walk.parents);
+        let mut plan = Plan { tree, order, parents, placed: Vec::new(), time, meta_block, blocks: 0 };
         plan.placed = (0..tree.inodes.len()).map(|id| plan.shape(id, walk.links[id])).collect::<Result<_, _>>()?;
         plan.place_inodes()?;
         Ok(plan)
@@ -119,11 +126,7 @@ impl<'a> Plan<'a> {
         let (kind, size) = match &inode.node {
             Node::Directory(_) => (format::S_IFDIR, self.directory(id).size()),
             Node::File { size, data } => {
-                if let Data::At { extents: Some(extents), .. } = data
-                    && *size > INLINE_MAX
-                {
-                    chunk_bits = chunks::best_bits(extents, *size);
-                }
+                chunk_bits = chunks::bits_for(data.extents(), *size);
                 (format::S_IFREG, *size)
             }
             Node::Symlink(target) => (format::S_IFLNK, target.len() as u64),
@@ -132,7 +135,7 @@ impl<'a> Plan<'a> {
             Node::Fifo => (format::S_IFIFO, 0),
         };
         let tail = if kind == format::S_IFDIR { size % BLOCK } else { size };
-        let inline = if tail <= INLINE_MAX { tail } else { 0 };
+        let inline = if tail <= INLINE_MAX && self.stored_at(id).is_none() { tail } else { 0 };
         let layout = match (inline, chunk_bits) {
             (0, 0) => Layout::FlatPlain,
             (0, _) => Layout::Chunked,
@@ -179,15 +182,17 @@ impl<'a> Plan<'a> {
                 at += placed.core.size.div_ceil(1 << placed.chunk_bits) * 4;
             }
         }
-        let mut block = u64::from(META_BLOCK) + at.div_ceil(BLOCK);
+        let mut block = u64::from(self.meta_block) + at.div_ceil(BLOCK);
         for id in self.data_order() {
+            let stored_at = self.stored_at(id);
             let blocks = self.stored(id).map(|range| blocks(&range)).sum::<u64>();
             let placed = &mut self.placed[id];
-            placed.first_block = u32::try_from(block).map_err(|_| WriteError::TooLarge)?;
+            placed.first_block =
+                stored_at.map_or_else(|| u32::try_from(block), Ok).map_err(|_| WriteError::TooLarge)?;
             if placed.core.layout != Layout::Chunked && blocks > 0 {
                 placed.core.u = placed.first_block;
             }
-            block += blocks;
+            block += if stored_at.is_none() { blocks } else { 0 };
         }
         // The last number means "no block".
         self.blocks = u32::try_from(block).ok().filter(|&b| b < format::NULL_ADDR).ok_or(WriteError::TooLarge)?;
@@ -203,6 +208,14 @@ impl<'a> Plan<'a> {
         first
     }
 
+    /// Where an inode's content begins that is in the image before its metadata.
+    fn stored_at(&self, id: InodeId) -> Option<u32> {
+        match self.tree.inodes[id].node {
+            Node::File { data: Data::Stored { block, .. }, .. } => Some(block),
+            _ => None,
+        }
+    }
+
     /// The parts of an inode's content that lie in the data area, each from a block's start.
     fn stored(&self, id: InodeId) -> impl Iterator<Item = Range<u64>> {
         let placed = &self.placed[id];
@@ -215,7 +228,7 @@ impl<'a> Plan<'a> {
     fn chunks(&self, id: InodeId) -> impl Iterator<Item = Option<Range<u64>>> {
         let placed = &self.placed[id];
         let extents: &[Range<u64>] = match &self.tree.inodes[id].node {
-            Node::File { data: Data::At { extents: Some(extents), .. }, .. } => extents,
+            Node::File { data, .. } => data.extents().unwrap_or_default(),
             _ => &[],
         };
         let size = if placed.core.layout == Layout::Chunked { placed.core.size } else { 0 };
@@ -232,25 +245,35 @@ impl<'a> Plan<'a> {
 
     /// Streams the image.
     pub fn write(&self, out: impl Write) -> Result<Written, WriteError> {
-        let mut sink = Sink::new(out);
-        let mut opener = Opener::default();
+        let mut sink = Sink::new(out, 0);
         sink.put(&self.super_block()).map_err(WriteError::Write)?;
+        self.write_from_metadata(&mut sink)?;
+        let checksum = sink.finish().map_err(WriteError::Write)?;
+        Ok(Written { size: self.size(), inodes: self.inodes(), checksum })
+    }
+
+    /// Inodes in the image.
+    pub(super) fn inodes(&self) -> u64 {
+        self.order.len() as u64
+    }
+
+    /// Streams the image from its metadata to its end.
+    pub(super) fn write_from_metadata<W: Write>(&self, sink: &mut Sink<W>) -> Result<(), WriteError> {
+        let mut opener = Opener::default();
         for &id in &self.order {
-            self.write_inode(id, &mut sink, &mut opener)?;
+            self.write_inode(id, sink, &mut opener)?;
         }
-        for id in self.data_order() {
+        for id in self.data_order().into_iter().filter(|&id| self.stored_at(id).is_none()) {
             for range in self.stored(id) {
                 sink.pad_to_block().map_err(WriteError::Write)?;
-                self.write_content(id, range, &mut sink, &mut opener)?;
+                self.write_content(id, range, sink, &mut opener)?;
             }
         }
-        sink.pad_to(self.size()).map_err(WriteError::Write)?;
-        let checksum = sink.finish().map_err(WriteError::Write)?;
-        Ok(Written { size: self.size(), inodes: self.order.len() as u64, checksum })
+        sink.pad_to(self.size()).map_err(WriteError::Write)
     }
 
     /// Boot area, superblock and its checksum: the first block.
-    fn super_block(&self) -> Vec<u8> {
+    pub(super) fn super_block(&self) -> Vec<u8> {
         let mut super_block = SuperBlock {
             checksum: 0,
             compat: format::COMPAT_SB_CHKSUM | format::COMPAT_MTIME,
@@ -261,7 +284,7 @@ impl<'a> Plan<'a> {
             time: self.time.sec,
             time_nsec: self.time.nsec,
             blocks: self.blocks,
-            meta_block: META_BLOCK,
+            meta_block: self.meta_block,
             uuid: self.uuid(),
             incompat: if self.placed.iter().any(|p| p.core.layout == Layout::Chunked) {
                 format::INCOMPAT_CHUNKED_FILE
@@ -314,7 +337,7 @@ impl<'a> Plan<'a> {
             head.extend(chunk.as_ref().map_or(format::NULL_ADDR, |_| block).to_le_bytes());
             block += chunk.map_or(0, |range| blocks(&range)) as u32;
         }
-        sink.pad_to(u64::from(META_BLOCK) * BLOCK + placed.nid * SLOT).map_err(WriteError::Write)?;
+        sink.pad_to(u64::from(self.meta_block) * BLOCK + placed.nid * SLOT).map_err(WriteError::Write)?;
         sink.put(&head).map_err(WriteError::Write)?;
         self.write_content(id, placed.core.size - placed.inline..placed.core.size, sink, opener)
     }
@@ -331,6 +354,11 @@ impl<'a> Plan<'a> {
             return Ok(());
         }
         let path = || self.tree.path_of(id);
+        let failed = |e| match e {
+            CopyError::TooShort => WriteError::Changed(path()),
+            CopyError::Read(source) => WriteError::Read { path: path(), source },
+            CopyError::Write(source) => WriteError::Write(source),
+        };
         match &self.tree.inodes[id].node {
             Node::Directory(_) => {
                 let kind = |id: InodeId| (self.placed[id].nid, format::file_type(self.placed[id].core.mode));
@@ -348,12 +376,9 @@ impl<'a> Plan<'a> {
             Node::File { data: Data::Bytes(bytes), .. } => sink.put(bytes).map_err(WriteError::Write),
             Node::File { data: Data::At { location, .. }, .. } => {
                 let file = opener.open(location).map_err(|source| WriteError::Read { path: path(), source })?;
-                sink.copy(&file, range).map_err(|e| match e {
-                    CopyError::TooShort => WriteError::Changed(path()),
-                    CopyError::Read(source) => WriteError::Read { path: path(), source },
-                    CopyError::Write(source) => WriteError::Write(source),
-                })
+                sink.copy(&file, range).map_err(failed)
             }
+            Node::File { data: Data::Open(file), .. } => sink.copy(file, range).map_err(failed),
             _ => Ok(()),
         }
     }

@@ -15,7 +15,8 @@
 //! Sockets are skipped: without the process behind them they are nothing.
 
 mod extents;
-mod xattrs;
+pub(crate) mod markers;
+pub(crate) mod xattrs;
 
 use std::collections::HashMap;
 use std::io;
@@ -30,6 +31,7 @@ use crate::Limits;
 use crate::erofs::format::NAME_MAX;
 use crate::tree::{Data, Entry, Inode, InodeId, Location, Node, SourceDir, Time, Tree, Xattr};
 use extents::extents;
+use markers::Marker;
 use xattrs::{Origin, Refusal, take_whiteout_mark};
 
 /// Why a snapshot directory was refused or could not be read.
@@ -199,11 +201,11 @@ impl<'a> Scan<'a> {
         let start = names.partition_point(|n| &**n < b".wh.".as_slice());
         let end = start + names[start..].partition_point(|n| n.starts_with(b".wh."));
         for marker in names.drain(start..end) {
-            match &marker[b".wh.".len()..] {
-                b".wh..opq" => markers.opaque = true,
-                name if name.starts_with(b".wh.") => {} // AUFS's own books
-                b"" | b"." | b".." => return Err(LayerError::BadMarker(self.full(dir, &marker))),
-                name => markers.names.push(name.into()),
+            match markers::marker(&marker) {
+                Some(Marker::Opaque) => markers.opaque = true,
+                Some(Marker::Whiteout(name)) => markers.names.push(name.into()),
+                Some(Marker::Bad) => return Err(LayerError::BadMarker(self.full(dir, &marker))),
+                Some(Marker::Bookkeeping) | None => {}
             }
         }
         Ok(markers)
@@ -310,7 +312,7 @@ impl<'a> Scan<'a> {
     }
 }
 
-fn inode(stat: &Statx, node: Node) -> Inode {
+pub(crate) fn inode(stat: &Statx, node: Node) -> Inode {
     Inode {
         permissions: stat.stx_mode & 0o7777,
         uid: stat.stx_uid,
@@ -321,12 +323,12 @@ fn inode(stat: &Statx, node: Node) -> Inode {
     }
 }
 
-fn statx(dir: &OwnedFd, name: &[u8], flags: AtFlags) -> rustix::io::Result<Statx> {
+pub(crate) fn statx(dir: &OwnedFd, name: &[u8], flags: AtFlags) -> rustix::io::Result<Statx> {
     let flags = flags | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
     rustix::fs::statx(dir, name, flags, StatxFlags::BASIC_STATS)
 }
 
-fn list(dir: &OwnedFd) -> rustix::io::Result<Vec<Box<[u8]>>> {
+pub(crate) fn list(dir: &OwnedFd) -> rustix::io::Result<Vec<Box<[u8]>>> {
     let mut names = Vec::new();
     let mut buffer = Vec::with_capacity(32 << 10);
     let mut entries = RawDir::new(dir, buffer.spare_capacity_mut());

@@ -49,8 +49,7 @@ impl Reader {
             Err(e) => return Err(Refusal::Failed(e)),
         };
         let names = self.buffer[..len].to_vec();
-        let mut total = 0;
-        let mut xattrs = BTreeMap::new();
+        let mut gathered = Gathered::new(self.limit);
         for name in names.split(|&b| b == 0).filter(|n| !n.is_empty()) {
             let Some(kept) = translate(name)? else { continue };
             let value = match origin.get(name, &mut self.buffer) {
@@ -59,17 +58,40 @@ impl Reader {
                 Err(Errno::RANGE) => return Err(Refusal::TooLarge),
                 Err(e) => return Err(Refusal::Failed(e)),
             };
-            total += name.len() + value.len();
-            if total > self.limit || value.len() > usize::from(u16::MAX) {
-                return Err(Refusal::TooLarge);
-            }
-            // "x" says that whiteouts are files with an attribute, not that the directory is opaque; they are translated too.
-            if kept == OPAQUE && value != b"y" {
-                continue;
-            }
-            xattrs.insert(kept, Box::from(value));
+            gathered.add(kept, value)?;
         }
-        Ok(xattrs.into_iter().map(|(name, value)| Xattr { name: name.into(), value }).collect())
+        Ok(gathered.finish())
+    }
+}
+
+/// The attributes of one inode, as they are found.
+pub struct Gathered {
+    room: usize,
+    xattrs: BTreeMap<Vec<u8>, Box<[u8]>>,
+}
+
+impl Gathered {
+    /// At most `limit` bytes of names and values.
+    pub fn new(limit: usize) -> Gathered {
+        Gathered { room: limit, xattrs: BTreeMap::new() }
+    }
+
+    /// Takes an attribute by its name in the tree; see [`translate`].
+    pub fn add(&mut self, name: Vec<u8>, value: &[u8]) -> Result<(), Refusal> {
+        self.room = self.room.checked_sub(name.len() + value.len()).ok_or(Refusal::TooLarge)?;
+        if value.len() > usize::from(u16::MAX) {
+            return Err(Refusal::TooLarge);
+        }
+        // "x" says that whiteouts are files with an attribute, not that the directory is opaque; they are translated too.
+        if name != OPAQUE || value == b"y" {
+            self.xattrs.insert(name, value.into());
+        }
+        Ok(())
+    }
+
+    /// All, sorted by name.
+    pub fn finish(self) -> Vec<Xattr> {
+        self.xattrs.into_iter().map(|(name, value)| Xattr { name: name.into(), value }).collect()
     }
 }
 
@@ -97,7 +119,7 @@ fn proc_path(dir: &OwnedFd, name: &[u8]) -> Vec<u8> {
 }
 
 /// The name under which an attribute goes into the tree; `None` when it stays out.
-fn translate(name: &[u8]) -> Result<Option<Vec<u8>>, Refusal> {
+pub fn translate(name: &[u8]) -> Result<Option<Vec<u8>>, Refusal> {
     let overlay = name.strip_prefix(b"trusted.overlay.").or_else(|| name.strip_prefix(b"user.overlay."));
     Ok(match overlay {
         // Books about the host's upper layer: file handles of host inodes, link counts, "somebody was copied up here".

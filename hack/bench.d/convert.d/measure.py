@@ -1,0 +1,123 @@
+"""The contest of `bench convert`: wall time, processor time and peak memory of each competitor, and ratios to the first.
+
+Memory below some 15 MiB is this program's own, which a child starts with.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import time
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--nacelle", required=True)
+parser.add_argument("--work", required=True)
+parser.add_argument("--repeat", type=int, default=7)
+arguments = parser.parse_args()
+os.chdir(arguments.work)
+NACELLE = arguments.nacelle
+
+
+def make_inputs():
+    """12,000 small files, four large ones; half of every file compresses, half does not. The same on each run."""
+    dice = random.Random(12)
+    for tree, count, sizes in [("small", 12_000, (0, 16 << 10)), ("large", 4, (96 << 20, 128 << 20))]:
+        for number in range(count):
+            folder = f"{tree}/{number % 97}/{number % 7}"
+            os.makedirs(folder, exist_ok=True)
+            size = dice.randrange(*sizes)
+            with open(f"{folder}/file-{number}", "wb") as file:
+                file.write(dice.randbytes(size // 2) + b"some text, again and again\n" * (size // 54))
+        subprocess.run(["tar", "--sort=name", "-C", tree, "-cf", f"{tree}.tar", "."], check=True)
+        with open(f"{tree}.tar.gz", "wb") as out:
+            subprocess.run(["pigz", "-c", f"{tree}.tar"], stdout=out, check=True)
+        subprocess.run(["zstd", "-q", "-k", f"{tree}.tar"], check=True)
+
+
+def check(tree):
+    """What fsck.erofs takes out of our images is what was put in."""
+    for source in [[tree], ["--tar", f"{tree}.tar"], ["--tar", f"{tree}.tar.gz"]]:
+        subprocess.run([NACELLE, "layer", "build", *source, "-o", "checked", "--verify"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(["fsck.erofs", "--extract=extracted", "checked"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(["diff", "-r", "--no-dereference", tree, "extracted"], check=True)
+        shutil.rmtree("extracted")
+
+
+def run_once(command, discard):
+    """Wall and processor seconds and peak KiB of one run; its output is gone afterwards."""
+    start = time.monotonic()
+    child = subprocess.Popen(command, shell=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode != 0:
+        raise SystemExit(f"{command}: exit code {child.returncode}")
+    if os.path.isfile("out"):
+        with open("out", "rb+") as out:
+            os.fsync(out.fileno())
+    wall = time.monotonic() - start
+    if discard:
+        shutil.rmtree("out") if os.path.isdir("out") else os.path.exists("out") and os.remove("out")
+    return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss
+
+
+def contest(title, competitors):
+    """Rounds in which each competitor runs once."""
+    results = {name: [] for name, _ in competitors}
+    for turn in range(arguments.repeat + 1):
+        for name, command in competitors:
+            result = run_once("exec " + command, True)
+            if turn > 0:
+                results[name].append(result)
+    print(f"\n{title}\n{'':<34}{'wall min':>10}{'median':>10}{'ratio':>8}{'cpu min':>10}{'ratio':>8}{'memory':>10}")
+    first = None
+    for name, runs in results.items():
+        wall, cpu = min(r[0] for r in runs), min(r[1] for r in runs)
+        first = first or (wall, max(cpu, 1e-4))
+        median, memory = statistics.median(r[0] for r in runs), max(r[2] for r in runs)
+        print(
+            f"{name:<34}{wall * 1e3:>7.1f} ms{median * 1e3:>7.1f} ms{wall / first[0]:>8.2f}"
+            f"{cpu * 1e3:>7.1f} ms{cpu / first[1]:>8.2f}{memory / 1024:>6.1f} MiB"
+        )
+
+
+# In a process of its own: a child starts with its parent's peak of memory.
+if os.fork() == 0:
+    make_inputs()
+    os._exit(0)
+if os.wait()[1] != 0:
+    raise SystemExit("the inputs could not be made")
+check("small")
+reads_tar = "--tar" in subprocess.run(["mkfs.erofs", "--help"], capture_output=True, text=True).stderr
+build = f"{NACELLE} layer build"
+for tree in ["small", "large"]:
+    size = os.path.getsize(f"{tree}.tar") >> 20
+    contest(f"{tree}: a directory of {size} MiB", [
+        ("nacelle layer build", f"{build} {tree} -o out"),
+        ("mkfs.erofs", f"mkfs.erofs --quiet out {tree}"),
+        ("cp -a", f"cp -a {tree} out"),
+    ])
+    tar = [
+        ("cat", f"cat {tree}.tar > out"),
+        ("nacelle layer build --tar", f"{build} --tar {tree}.tar -o out"),
+        ("tar -x", f"sh -c 'mkdir out && exec tar -C out -xf {tree}.tar'"),
+        ("sha256sum", f"sha256sum {tree}.tar"),
+    ]
+    if reads_tar:
+        tar.append(("mkfs.erofs --tar=f", f"mkfs.erofs --quiet --tar=f --sort=none -Enoinline_data out {tree}.tar"))
+    contest(f"{tree}: a tar archive of {size} MiB, diffID included for nacelle", tar)
+    contest(f"{tree}: the same, gzip", [
+        ("pigz -dc", f"pigz -dc {tree}.tar.gz"),
+        ("nacelle layer build --tar", f"{build} --tar {tree}.tar.gz -o out"),
+    ])
+    contest(f"{tree}: the same, zstd", [
+        ("zstd -dc", f"zstd -qdc {tree}.tar.zst"),
+        ("nacelle layer build --tar", f"{build} --tar {tree}.tar.zst -o out"),
+    ])
+contest("an upper disk of 10 GiB", [
+    ("mkfs.ext4", "sh -c 'truncate -s 10G out && exec mkfs.ext4 -q -F out'"),
+    ("nacelle upper create", f"{NACELLE} upper --data-dir . create --size 10G out"),
+])
+if not reads_tar:
+    print("\nmkfs.erofs of this machine cannot read tar: it took no part there")

@@ -1,0 +1,97 @@
+//! An image whose file data arrives before its metadata is known, as from a tar archive: data first, metadata behind it, the
+//! superblock last.
+//!
+//! ```text
+//!  | superblock | file | file | ..        | inodes             | directory blocks |
+//!   written last  store, store, ..          finish: one Plan
+//! ```
+//!
+//! Invariants: file data passes through one bounded buffer and is written once; an image that was not finished has no superblock,
+//! so nobody can take it for one.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+use super::chunks;
+use super::format::{BLOCK, NULL_ADDR};
+pub use super::sink::CopyError;
+use super::sink::Sink;
+use super::writer::{FIRST_BLOCK, Plan, WriteError, Written};
+use crate::tree::{Data, Tree};
+
+/// An image under construction.
+pub struct Stream<'f> {
+    file: &'f File,
+    sink: Sink<&'f File>,
+}
+
+impl<'f> Stream<'f> {
+    /// Starts an image in an empty file.
+    pub fn new(mut file: &'f File) -> io::Result<Stream<'f>> {
+        let start = u64::from(FIRST_BLOCK) * BLOCK;
+        file.seek(SeekFrom::Start(start))?;
+        Ok(Stream { file, sink: Sink::new(file, start) })
+    }
+
+    /// Bytes so far.
+    pub fn position(&self) -> u64 {
+        self.sink.position()
+    }
+
+    /// Stores a file of `size` bytes. `source` has the bytes of its `extents` (sorted, not touching, inside the file) one after the
+    /// other, or all of its bytes.
+    pub fn store(
+        &mut self,
+        size: u64,
+        extents: Option<Vec<Range<u64>>>,
+        source: &mut impl Read,
+    ) -> Result<Data, CopyError> {
+        self.sink.pad_to_block().map_err(CopyError::Write)?;
+        let block = u32::try_from(self.sink.position() / BLOCK).ok().filter(|&block| block < NULL_ADDR);
+        let block = block.ok_or_else(|| CopyError::Write(io::ErrorKind::FileTooLarge.into()))?;
+        match (&extents, chunks::bits_for(extents.as_deref(), size)) {
+            (None, _) => self.sink.copy_stream(source, size)?,
+            (Some(extents), 0) => self.store_range(0..size, extents, source)?,
+            (Some(extents), bits) => {
+                for chunk in chunks::map(extents, size, bits).flatten() {
+                    self.sink.pad_to_block().map_err(CopyError::Write)?;
+                    self.store_range(chunk, extents, source)?;
+                }
+            }
+        }
+        Ok(Data::Stored { block, extents })
+    }
+
+    /// Stores the part `range` of a sparse file; what lies in `extents` comes from `source`, the rest is zeros.
+    fn store_range(
+        &mut self,
+        range: Range<u64>,
+        extents: &[Range<u64>],
+        source: &mut impl Read,
+    ) -> Result<(), CopyError> {
+        let start = self.sink.position();
+        let first = extents.partition_point(|extent| extent.end <= range.start);
+        for extent in extents[first..].iter().take_while(|extent| extent.start < range.end) {
+            let (from, to) = (extent.start.max(range.start), extent.end.min(range.end));
+            self.sink.pad_to(start + (from - range.start)).map_err(CopyError::Write)?;
+            self.sink.copy_stream(source, to - from)?;
+        }
+        self.sink.pad_to(start + (range.end - range.start)).map_err(CopyError::Write)
+    }
+
+    /// Writes the metadata of `tree`, whose stored files are this image's, and the superblock.
+    pub fn finish(mut self, tree: &Tree) -> Result<Written, WriteError> {
+        self.sink.pad_to_block().map_err(WriteError::Write)?;
+        let block = u32::try_from(self.sink.position() / BLOCK).map_err(|_| WriteError::TooLarge)?;
+        let plan = Plan::after(tree, block)?;
+        plan.write_from_metadata(&mut self.sink)?;
+        let rest = self.sink.finish().map_err(WriteError::Write)?;
+        let head = plan.super_block();
+        self.file.write_all_at(&head, 0).map_err(WriteError::Write)?;
+        let rest_len = usize::try_from(plan.size() - head.len() as u64).map_err(|_| WriteError::TooLarge)?;
+        let checksum = crc32c::crc32c_combine(crc32c::crc32c(&head), rest, rest_len);
+        Ok(Written { size: plan.size(), inodes: plan.inodes(), checksum })
+    }
+}
