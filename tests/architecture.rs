@@ -137,6 +137,19 @@ fn unsafe_is_written_in_its_rooms_only() {
     }
 }
 
+/// Tests can leave steps of the jail out, and only where debug assertions are on (src/vmm/src/jail/step.rs).
+#[test]
+fn a_release_has_no_way_to_leave_out_a_step_of_the_jail() {
+    let path = src().join("../Cargo.toml");
+    let workspace: toml::Table = fs::read_to_string(path).expect("read Cargo.toml").parse().expect("parse Cargo.toml");
+    let release = workspace["profile"]["release"].as_table().expect("a table");
+    assert!(!release.contains_key("debug-assertions"));
+    let packages = release.get("package").and_then(toml::Value::as_table).into_iter().flatten();
+    for (name, settings) in packages {
+        assert!(settings.get("debug-assertions").is_none(), "{name}");
+    }
+}
+
 #[test]
 fn every_crate_takes_the_lints_of_the_workspace() {
     for (name, _) in ARROWS {

@@ -28,7 +28,7 @@ use nacelle_protocol::agent::{
 use nacelle_protocol::ids::SandboxId;
 use nacelle_protocol::stream::{RPC_PORT, STREAM_PORT};
 use nacelle_protocol::vm::{
-    CONFIG_FD, CONSOLE_FD, Disk, Jail, LIFELINE_FD, Network, REPORT_FD, Share, Socket, VmConfig,
+    CONFIG_FD, CONSOLE_FD, Disk, Jail, LIFELINE_FD, Landlock, Network, REPORT_FD, Seccomp, Share, Socket, VmConfig,
 };
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
@@ -99,6 +99,8 @@ async fn boot(memory_mib: u32) -> (Machine, Host) {
             network: Network::New,
             cgroups: vec![],
             max_files: 1 << 16,
+            landlock: Landlock::default(),
+            seccomp: Seccomp::default(),
         },
     };
     let (config_read, config_write) = pipe();

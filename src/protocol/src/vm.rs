@@ -100,7 +100,8 @@ pub struct Socket {
     pub source: PathBuf,
 }
 
-/// What confines the VMM process. There is no way to ask for less: the jail fails closed.
+/// What confines the VMM process. The jail fails closed; only its last two layers can be asked to be less, by the node's
+/// operator and for the reasons that they name.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Jail {
@@ -116,6 +117,38 @@ pub struct Jail {
     pub cgroups: Vec<PathBuf>,
     /// RLIMIT_NOFILE. virtiofs keeps a descriptor for every inode the guest knows.
     pub max_files: u64,
+    /// Landlock's rules for files, TCP and signals.
+    #[serde(default)]
+    pub landlock: Landlock,
+    /// The filter of system calls.
+    #[serde(default)]
+    pub seccomp: Seccomp,
+}
+
+/// What to do about Landlock, which a kernel may not have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Landlock {
+    /// No VM without it. Everything that this kernel's Landlock knows is in force.
+    #[default]
+    Require,
+    /// Go on where the kernel has none, and say so.
+    BestEffort,
+    /// Do without, and say so.
+    Off,
+}
+
+/// What to do about a system call that the VMM has no reason for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Seccomp {
+    /// End the VMM, which reports the call.
+    #[default]
+    Enforce,
+    /// Let the kernel log it, and go on: to find out what the filter lacks on a new system.
+    Log,
+    /// Nothing.
+    Off,
 }
 
 /// The network of a sandbox. Only the VMM is in the namespace; what of it reaches the guest, and how, is the device's.

@@ -14,6 +14,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nacelle_protocol::vm::{Landlock, Seccomp};
 use serde::Deserialize;
 use thiserror::Error;
 
@@ -143,11 +144,13 @@ impl Default for RootfsTable {
 struct JailTable {
     uid_base: u32,
     max_files: u64,
+    landlock: Landlock,
+    seccomp: Seccomp,
 }
 
 impl Default for JailTable {
     fn default() -> Self {
-        Self { uid_base: 1_879_048_192, max_files: 65536 }
+        Self { uid_base: 1_879_048_192, max_files: 65536, landlock: Landlock::Require, seccomp: Seccomp::Enforce }
     }
 }
 
@@ -190,6 +193,10 @@ pub struct Config {
     pub uid_base: u32,
     /// RLIMIT_NOFILE of a VMM.
     pub max_files: u64,
+    /// Landlock of a VMM.
+    pub landlock: Landlock,
+    /// System call filter of a VMM.
+    pub seccomp: Seccomp,
     /// Level of the shim's log.
     pub log_level: String,
 }
@@ -274,6 +281,8 @@ fn parse(text: &str, origin: &str) -> Result<Config, ConfigError> {
         upper_mib: rootfs.upper_mib,
         uid_base: jail.uid_base,
         max_files: jail.max_files,
+        landlock: jail.landlock,
+        seccomp: jail.seccomp,
         log_level: log.level,
     };
     config.validate()?;

@@ -152,6 +152,8 @@ pub fn plan(
             network: place.network,
             cgroups: place.cgroups,
             max_files: config.max_files,
+            landlock: config.landlock,
+            seccomp: config.seccomp,
         },
     }
 }

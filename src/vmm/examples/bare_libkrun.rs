@@ -20,7 +20,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use command_fds::{CommandFdExt, FdMapping};
 use nacelle_protocol::GENERATION;
 use nacelle_protocol::ids::SandboxId;
-use nacelle_protocol::vm::{CONSOLE_FD, Jail, Network, VmConfig};
+use nacelle_protocol::vm::{CONSOLE_FD, Jail, Landlock, Network, Seccomp, VmConfig};
 use nacelle_vmm::krun::{Agent, Vm};
 use nacelle_vmm::plan::Plan;
 
@@ -101,6 +101,8 @@ fn config(kernel: &str, init: &str, vcpus: u8, memory_mib: u32) -> Result<VmConf
             network: Network::New,
             cgroups: Vec::new(),
             max_files: 0,
+            landlock: Landlock::Off,
+            seccomp: Seccomp::Off,
         },
     })
 }

@@ -8,9 +8,9 @@
 //!   1 limits                                  9 /proc, pivot_root, nothing of the host is mounted any more
 //!   2 descriptors 0 to 6, nothing else       10 into the user namespace, ids 0, capabilities dropped
 //!   3 cgroups                                11 no new privileges, no dumps, own session, clean environment
-//!   4 user namespace of the sandbox          12 lifeline: dies with the shim
-//!   5 network namespace                          (room for Landlock and seccomp, which are not here yet)
-//!   6 mount, IPC, UTS, cgroup namespaces
+//!   4 user namespace of the sandbox          12 Landlock
+//!   5 network namespace                      13 seccomp
+//!   6 mount, IPC, UTS, cgroup namespaces     14 lifeline: dies with the shim
 //!   7 the new root: a read-only tmpfs with exactly the plan's entries
 //!   8 PID namespace, fork ───────────────────►
 //!     report process 1, exit
@@ -19,7 +19,8 @@
 //! The namespaces belong to the host's user namespace, so the capabilities that step 10 may leave, all of them about
 //! files, act on nothing but files whose ids are mapped into the sandbox's range.
 //!
-//! Invariant: there is one thread until step 12. [`enter`] checks it, and starts none before.
+//! Invariant: there is one thread until step 14. [`enter`] checks it, and starts none before, so that every thread has
+//! what the first one has.
 #![expect(unsafe_code, reason = "fork, descriptors by number, mount_setattr and the environment have no safe form")]
 
 use std::fs::{self, File};
@@ -41,10 +42,16 @@ use crate::plan::{Ids, Plan};
 use crate::report;
 
 mod graft;
+mod landlock;
 mod mountinfo;
 mod root;
+mod seccomp;
+mod step;
 
 use graft::{Graft, Source};
+pub use step::Step;
+#[cfg(debug_assertions)]
+pub use step::leave_out;
 
 /// Threads and processes of a sandbox's VMM, by far more than libkrun starts for 255 CPUs.
 const MAX_THREADS: u64 = 1024;
@@ -119,20 +126,24 @@ pub fn enter(plan: &Plan, lifeline: File, console: &File) -> Result<(), JailErro
     one_thread()?;
 
     // 1. Limits: descriptors for virtiofs, no core dump with the guest's memory, no fork bomb.
-    limit(Resource::Nofile, jail.max_files, "open files")?;
-    limit(Resource::Core, 0, "core size")?;
-    limit(Resource::Nproc, MAX_THREADS, "threads")?;
+    if Step::Limits.taken() {
+        limit(Resource::Nofile, jail.max_files, "open files")?;
+        limit(Resource::Core, 0, "core size")?;
+        limit(Resource::Nproc, MAX_THREADS, "threads")?;
+    }
 
     // 2. Descriptors: what the shim forgot to close is closed; the console becomes the sandbox's, because libkrun
     //    opens it anew through /proc.
-    // SAFETY: the Rust objects that exist own descriptors up to CONSOLE_FD only (see `Descriptors::inherited`).
-    check(unsafe { libc::syscall(libc::SYS_close_range, CONSOLE_FD + 1, u32::MAX, 0) })
-        .map_err(at("descriptors", "close inherited descriptors"))?;
+    if Step::Descriptors.taken() {
+        // SAFETY: the Rust objects that exist own descriptors up to CONSOLE_FD only (see `Descriptors::inherited`).
+        check(unsafe { libc::syscall(libc::SYS_close_range, CONSOLE_FD + 1, u32::MAX, 0) })
+            .map_err(at("descriptors", "close inherited descriptors"))?;
+    }
     rustix::fs::fchown(console, Some(Uid::from_raw(jail.uid_base)), Some(Gid::from_raw(jail.uid_base)))
         .map_err(at("descriptors", "change owner of the console"))?;
 
     // 3. Cgroups, before the cgroup namespace: what is joined becomes its root.
-    for dir in &jail.cgroups {
+    for dir in jail.cgroups.iter().filter(|_| Step::Cgroups.taken()) {
         fs::write(dir.join("cgroup.procs"), "0").map_err(at("cgroups", format!("join cgroup {}", dir.display())))?;
     }
 
@@ -140,8 +151,12 @@ pub fn enter(plan: &Plan, lifeline: File, console: &File) -> Result<(), JailErro
     let users = user_namespace(jail.uid_base, jail.uid_count)?;
 
     // 5. and 6. Namespaces. What the host mounts below a share later must still arrive, and nothing may leave: slave.
-    let mut flags = UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWCGROUP;
+    let mut flags = UnshareFlags::NEWNS;
+    if Step::Namespaces.taken() {
+        flags |= UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWCGROUP;
+    }
     match &jail.network {
+        _ if !Step::NetworkNamespace.taken() => {}
         Network::Join(path) => {
             let stage = at("network namespace", format!("join network namespace {}", path.display()));
             let netns = File::open(path).map_err(at("network namespace", format!("open {}", path.display())))?;
@@ -159,7 +174,9 @@ pub fn enter(plan: &Plan, lifeline: File, console: &File) -> Result<(), JailErro
 
     // 8. The PID namespace holds for children only. The child waits until it has been reported, so that the shim reads
     //    its process id before anything that it says itself.
-    unshare(UnshareFlags::NEWPID).map_err(at("namespaces", "unshare PID namespace"))?;
+    if Step::PidNamespace.taken() {
+        unshare(UnshareFlags::NEWPID).map_err(at("namespaces", "unshare PID namespace"))?;
+    }
     let (reported, report) = rustix::pipe::pipe().map_err(at("fork", "make pipe"))?;
     if let Some(child) = fork().map_err(at("fork", "fork the VMM"))? {
         let pid = child.as_raw_nonzero().get().unsigned_abs();
@@ -178,18 +195,23 @@ pub fn enter(plan: &Plan, lifeline: File, console: &File) -> Result<(), JailErro
     drop(users);
 
     // 11. The process.
-    let process = |action| at("process", action);
-    rustix::thread::set_no_new_privs(true).map_err(process("set no_new_privs"))?;
-    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(process("forbid dumps"))?;
-    rustix::process::setsid().map_err(process("start session"))?;
-    scrub(&plan.sandbox);
+    confine_process(&plan.sandbox)?;
 
-    // 12. The lifeline. Its thread inherits all of the above.
-    std::thread::Builder::new()
-        .name("lifeline".into())
-        .stack_size(64 << 10)
-        .spawn(move || watch(lifeline))
-        .map_err(at("lifeline", "start thread"))?;
+    // 12. Landlock: what may be done to the files that are left.
+    landlock::restrict(plan)?;
+
+    // 13. seccomp, last of what confines: the steps above need calls that nothing below needs.
+    report_refused_calls()?;
+    seccomp::install(jail.seccomp, plan.machine.host_network)?;
+
+    // 14. The lifeline. Its thread inherits all of the above.
+    if Step::Lifeline.taken() {
+        std::thread::Builder::new()
+            .name("lifeline".into())
+            .stack_size(64 << 10)
+            .spawn(move || watch(lifeline))
+            .map_err(at("lifeline", "start thread"))?;
+    }
     Ok(())
 }
 
@@ -282,17 +304,24 @@ fn close_root(new: &Path) -> Result<(), JailError> {
     chdir(new).map_err(pivot("change into the new root"))?;
     // The new root on top of the old one in the same place: nobody needs a directory for the old one.
     pivot_root(".", ".").map_err(pivot("pivot root"))?;
-    unmount(".", UnmountFlags::DETACH).map_err(pivot("detach the host's root"))?;
+    if Step::Detach.taken() {
+        unmount(".", UnmountFlags::DETACH).map_err(pivot("detach the host's root"))?;
+    }
     chdir("/").map_err(pivot("change into the root"))
 }
 
 fn drop_privileges(users: BorrowedFd<'_>, owns_files: bool) -> Result<(), JailError> {
     let ids = |action| at("credentials", action);
-    move_into_link_name_space(users, Some(LinkNameSpaceType::User)).map_err(ids("join user namespace"))?;
+    if Step::UserNamespace.taken() {
+        move_into_link_name_space(users, Some(LinkNameSpaceType::User)).map_err(ids("join user namespace"))?;
+    }
     rustix::thread::set_thread_groups(&[]).map_err(ids("drop supplementary groups"))?;
     rustix::thread::set_thread_res_gid(Gid::ROOT, Gid::ROOT, Gid::ROOT).map_err(ids("set group id"))?;
     rustix::thread::set_thread_res_uid(Uid::ROOT, Uid::ROOT, Uid::ROOT).map_err(ids("set user id"))?;
 
+    if !Step::Capabilities.taken() {
+        return Ok(());
+    }
     let caps = |action| at("capabilities", action);
     for bit in 0..u64::BITS {
         match rustix::thread::remove_capability_from_bounding_set(CapabilitySet::from_bits_retain(1 << bit)) {
@@ -306,6 +335,22 @@ fn drop_privileges(users: BorrowedFd<'_>, owns_files: bool) -> Result<(), JailEr
     let kept = if owns_files { FILE_CAPABILITIES } else { CapabilitySet::empty() };
     let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
     rustix::thread::set_capabilities(None, sets).map_err(caps("drop capabilities"))
+}
+
+fn confine_process(sandbox: &str) -> Result<(), JailError> {
+    let process = |action| at("process", action);
+    if Step::NoNewPrivileges.taken() {
+        rustix::thread::set_no_new_privs(true).map_err(process("set no_new_privs"))?;
+    }
+    // So it is already where the host's fs.suid_dumpable is 0, because the ids have changed. It can be set otherwise.
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(process("forbid dumps"))?;
+    if Step::Session.taken() {
+        rustix::process::setsid().map_err(process("start session"))?;
+    }
+    if Step::Environment.taken() {
+        scrub(sandbox);
+    }
+    Ok(())
 }
 
 /// Empties the environment, and settles what libkrun and the C library would read from it.
@@ -322,6 +367,40 @@ fn scrub(sandbox: &str) {
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 2);
     }
+}
+
+/// Has SIGSYS, which a refused system call raises in the thread that made it, reported and end the process.
+fn report_refused_calls() -> Result<(), JailError> {
+    // SAFETY: a sigaction is plain data; all zeroes are an empty mask and no flags.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = refused as *const () as usize;
+    action.sa_flags = libc::SA_SIGINFO;
+    // SAFETY: the handler has the signature that SA_SIGINFO asks for, and does only what a handler may do.
+    check(unsafe { libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut()) }.into())
+        .map_err(at("seccomp", "handle SIGSYS"))
+}
+
+/// The handler: it neither allocates nor locks, and does not return.
+extern "C" fn refused(_: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    /// `siginfo_t` as the kernel fills it for SIGSYS (asm-generic/siginfo.h, `_sigsys`).
+    #[repr(C)]
+    struct Info {
+        number_errno_code: [libc::c_int; 3],
+        instruction: *const libc::c_void,
+        call: libc::c_int,
+        arch: libc::c_uint,
+    }
+    // SAFETY: the kernel gives a siginfo of 128 bytes, aligned for pointers, of which this is the head.
+    let call = unsafe { (*info.cast::<Info>()).call };
+    // SAFETY: with SA_SIGINFO the third argument is the interrupted thread's context.
+    let context = unsafe { &(*context.cast::<libc::ucontext_t>()).uc_mcontext };
+    #[cfg(target_arch = "x86_64")]
+    let arguments =
+        [libc::REG_RDI, libc::REG_RSI, libc::REG_RDX].map(|register| context.gregs[register as usize] as u64);
+    #[cfg(target_arch = "aarch64")]
+    let arguments = [context.regs[0], context.regs[1], context.regs[2]];
+    report::refused(call, arguments);
+    exit(report::EXIT_FAILED)
 }
 
 fn watch(mut lifeline: File) -> ! {

@@ -373,6 +373,8 @@ mod tests {
                 network: Network::New,
                 cgroups: Vec::new(),
                 max_files: 1024,
+                landlock: vm::Landlock::default(),
+                seccomp: vm::Seccomp::default(),
             },
         }
     }

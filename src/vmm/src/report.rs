@@ -45,6 +45,21 @@ pub fn send(report: &Report) {
     }
 }
 
+/// Sends the report of a system call that the filter refused, with the call's first arguments. It is called in a signal
+/// handler, so it neither allocates nor locks.
+pub fn refused(call: i32, [first, second, third]: [u64; 3]) {
+    let Some(mut pipe) = PIPE.get() else { return };
+    let mut line = [0; 256];
+    let mut rest = line.as_mut_slice();
+    let _ = writeln!(
+        rest,
+        "{{\"report\":\"failed\",\"stage\":\"seccomp\",\"errno\":null,\
+         \"message\":\"make system call {call} with {first:#x}, {second:#x}, {third:#x}: the filter refuses it\"}}"
+    );
+    let free = rest.len();
+    let _ = pipe.write_all(&line[..256 - free]);
+}
+
 /// The report of a failure: the error with its causes, and the system's error number where one is among them.
 pub fn failed(stage: &str, error: &(dyn Error + 'static)) -> Report {
     let mut message = String::new();
@@ -66,6 +81,22 @@ mod tests {
     use thiserror::Error;
 
     use super::*;
+
+    #[test]
+    fn a_refused_call_is_a_report() {
+        let (mut reader, writer) = io::pipe().expect("pipe");
+        // The one pipe of this process; no other test sends.
+        let _ = PIPE.set(File::from(std::os::fd::OwnedFd::from(writer)));
+        refused(i32::MAX, [u64::MAX; 3]);
+        let mut line = [0; 512];
+        let len = io::Read::read(&mut reader, &mut line).expect("read");
+        let Report::Failed { stage, message, .. } = serde_json::from_slice(&line[..len]).expect("a whole line") else {
+            panic!("failed")
+        };
+        assert_eq!(stage, "seccomp");
+        let all = "0xffffffffffffffff";
+        assert_eq!(message, format!("make system call 2147483647 with {all}, {all}, {all}: the filter refuses it"));
+    }
 
     #[derive(Debug, Error)]
     #[error("open {0}")]

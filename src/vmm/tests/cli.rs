@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use command_fds::{CommandFdExt, FdMapping};
 use nacelle_protocol::GENERATION;
 use nacelle_protocol::ids::SandboxId;
-use nacelle_protocol::vm::{Jail, MAX_JSON, Network, Report, VmConfig};
+use nacelle_protocol::vm::{Jail, Landlock, MAX_JSON, Network, Report, Seccomp, VmConfig};
 
 fn vmm() -> Command {
     Command::new(env!("CARGO_BIN_EXE_nacelle-vmm"))
@@ -60,6 +60,8 @@ fn config(dir: &Path) -> VmConfig {
             network: Network::New,
             cgroups: Vec::new(),
             max_files: 1024,
+            landlock: Landlock::default(),
+            seccomp: Seccomp::default(),
         },
     }
 }

@@ -18,7 +18,7 @@ use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, openat2};
 use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
-use super::{JailError, at, attributes, mountinfo, set_attributes};
+use super::{JailError, Step, at, attributes, mountinfo, set_attributes};
 use crate::plan::Ids;
 use crate::report;
 
@@ -99,8 +99,10 @@ impl Graft<'_> {
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
         let copy = open_tree(from, "", flags).map_err(at(STAGE, format!("copy mount of {shown}")))?;
         let read_only = if self.read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
-        set_attributes(copy.as_fd(), &attributes(QUIET | read_only))
-            .map_err(at(STAGE, format!("set attributes of {shown}")))?;
+        if Step::Attributes.taken() {
+            set_attributes(copy.as_fd(), &attributes(QUIET | read_only))
+                .map_err(at(STAGE, format!("set attributes of {shown}")))?;
+        }
         if mapped {
             self.map(copy.as_fd(), name)?;
         }

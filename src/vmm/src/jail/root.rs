@@ -15,7 +15,7 @@ use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, Uid, chownat, makedev, mknod
 use rustix::mount::{MountFlags, mount};
 
 use super::graft::{Graft, Source};
-use super::{JailError, at, attributes, set_attributes};
+use super::{JailError, Step, at, attributes, set_attributes};
 use crate::plan::{Entry, Kind, Plan};
 
 const STAGE: &str = "root";
@@ -50,7 +50,7 @@ pub fn assemble(plan: &Plan, users: BorrowedFd<'_>) -> Result<(), JailError> {
         put(entry, plan, users)?;
     }
 
-    for sealed in [&dev, root] {
+    for sealed in [&dev, root].into_iter().filter(|_| Step::Seal.taken()) {
         let handle = File::open(sealed).map_err(at(STAGE, format!("open {}", sealed.display())))?;
         set_attributes(handle.as_fd(), &attributes(libc::MOUNT_ATTR_RDONLY))
             .map_err(at(STAGE, format!("make {} read-only", sealed.display())))?;

@@ -1,5 +1,5 @@
-//! The jail as it is: the real steps, natively and as root, with a probe in libkrun's place. One test tries what one step
-//! forbids.
+//! The jail as it is: the real steps, natively and as root, with a probe in libkrun's place. A test of this file looks at
+//! what a step makes; what a step forbids is in [`attacks`]. Where Landlock or seccomp would answer first, they are off.
 //!
 //! The tests run in a mount namespace of their own (`unshare`), so nothing is left behind whatever happens, and one after
 //! another, because each forks.
@@ -10,10 +10,14 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use nacelle_protocol::vm::{Network, Report};
+use nacelle_protocol::vm::{Landlock, Network, Report, Seccomp};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::process::{Signal, getpid, kill_process, set_child_subreaper};
 
+#[cfg(not(debug_assertions))]
+compile_error!("these tests leave steps out of the jail, which no build without debug assertions can");
+
+mod attacks;
 mod probe;
 mod sandbox;
 
@@ -31,7 +35,7 @@ macro_rules! tests {
 fn main() {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
     match arguments.first().map(String::as_str) {
-        Some("probe") => probe::run(),
+        Some("probe") => probe::run(arguments.get(1).map_or("", String::as_str)),
         Some("inside") => {}
         _ => {
             assert!(rustix::process::getuid().is_root(), "the jail is entered by root: run these tests as root");
@@ -67,6 +71,9 @@ fn main() {
         panic_is_reported,
         failures_are_closed_and_named,
         nothing_stays_mounted,
+        weaker_is_said,
+        hard_links_stay_in_their_mount,
+        a_lent_network_is_lent,
     ];
     let mut ran = 0;
     for (name, test) in tests {
@@ -76,12 +83,19 @@ fn main() {
             ran += 1;
         }
     }
+    for case in attacks::CASES {
+        if filter.is_none_or(|filter| case.0.contains(filter.as_str())) {
+            case.run();
+            println!("test {} ... ok", case.0);
+            ran += 1;
+        }
+    }
     println!("test result: ok. {ran} passed");
 }
 
 /// Steps 10 and 11.
 fn ids_and_privileges() {
-    let mut sandbox = Setup::new().start();
+    let mut sandbox = Setup::inner().start();
     assert_eq!(sandbox.status("Uid"), format!("{BASE}\t{BASE}\t{BASE}\t{BASE}"));
     assert_eq!(sandbox.status("Gid"), format!("{BASE}\t{BASE}\t{BASE}\t{BASE}"));
     assert_eq!(sandbox.status("Groups"), "");
@@ -174,7 +188,7 @@ fn limits_hold() {
 
 /// Steps 7 and 9.
 fn root_holds_the_plan_and_nothing_else() {
-    let mut sandbox = Setup::new().start();
+    let mut sandbox = Setup::inner().start();
     assert_eq!(sandbox.ask(&["list", "/"]), "dev disk kernel proc share socket");
     assert_eq!(sandbox.ask(&["list", "/dev"]), "kvm random urandom");
     assert_eq!(sandbox.ask(&["stat", "/dev/kvm"]), "0 0 600");
@@ -194,7 +208,7 @@ fn root_holds_the_plan_and_nothing_else() {
 
 /// Step 7.
 fn root_cannot_be_changed() {
-    let mut sandbox = Setup::new().start();
+    let mut sandbox = Setup::inner().start();
     for path in ["/x", "/dev/x", "/share/x"] {
         assert_eq!(sandbox.tell(&["write", path, "x"]), Err(EROFS), "{path}");
         assert_eq!(sandbox.tell(&["make-device", path]), Err(EROFS), "{path}");
@@ -206,7 +220,7 @@ fn root_cannot_be_changed() {
 
 /// Step 7: a file is bound alone, even where its neighbour's name is known.
 fn siblings_of_files_stay_outside() {
-    let mut sandbox = Setup::new().start();
+    let mut sandbox = Setup::inner().start();
     for path in ["/secret", "/disk/secret", "/disk/../secret", "/disk/upper/../secret"] {
         assert!(sandbox.tell(&["read", path]).is_err(), "{path}");
     }
@@ -214,7 +228,7 @@ fn siblings_of_files_stay_outside() {
 
 /// Step 7, and not by libkrun's word alone.
 fn read_only_share_refuses_changes() {
-    let mut setup = Setup::new();
+    let mut setup = Setup::inner();
     setup.config.shares[0].read_only = true;
     setup.config.disks[0].read_only = true;
     fs::create_dir(setup.path("volumes/sub")).expect("directory");
@@ -257,7 +271,7 @@ fn mapped_share_belongs_to_the_guest() {
 
 /// Step 10, and `nodev`.
 fn mapped_share_makes_no_devices() {
-    let setup = Setup::new();
+    let setup = Setup::inner();
     let node = setup.path("volumes/null");
     let made = Command::new("mknod").arg(&node).args(["c", "1", "3"]).status().expect("mknod");
     assert!(made.success());
@@ -340,7 +354,7 @@ fn mounts_that_cannot_be_mapped_are_reported() {
 
 /// Step 10: the capabilities end where ids are not mapped.
 fn files_of_the_host_stay_the_hosts() {
-    let mut setup = Setup::new();
+    let mut setup = Setup::inner();
     setup.config.shares[1].read_only = false;
     let layers = setup.path("layers");
     fs::write(layers.join("private"), "x").expect("write");
@@ -360,7 +374,7 @@ fn files_of_the_host_stay_the_hosts() {
 
 /// Step 2.
 fn descriptors_are_closed() {
-    let mut sandbox = Setup::new().start();
+    let mut sandbox = Setup::inner().start();
     // 7 and 8 are the two ends of the probe's own connection; the directory that lists takes one more.
     let own = sandbox.ask(&["list", "/proc/self/fd"]);
     assert!(own.split(' ').all(|number| number.parse::<u32>().expect("number") <= 9), "{own}");
@@ -431,4 +445,45 @@ fn nothing_stays_mounted() {
     let mounts = fs::read_to_string("/proc/self/mountinfo").expect("mounts");
     assert!(!mounts.contains(jail.to_str().expect("text")), "{mounts}");
     assert_eq!(fs::read_dir(&jail).expect("list").count(), 0);
+}
+
+/// Steps 12 and 13: what the configuration leaves out is told to the shim, each time.
+fn weaker_is_said() {
+    let mut setup = Setup::inner();
+    setup.config.jail.landlock = Landlock::BestEffort;
+    setup.config.jail.seccomp = Seccomp::Log;
+    let sandbox = setup.start();
+    // This kernel has Landlock, or the tests above would have failed.
+    assert_eq!(sandbox.status("Seccomp"), "2");
+    let said = |setup: Setup, count| {
+        let mut sandbox = setup.start();
+        (0..count)
+            .map(|_| match sandbox.started.report() {
+                Some(Report::Degraded { stage, message }) => format!("{stage}: {message}"),
+                other => panic!("{other:?}"),
+            })
+            .collect::<Vec<_>>()
+    };
+    let off = said(Setup::inner(), 2);
+    assert!(off[0].starts_with("landlock: go on without"), "{off:?}");
+    assert!(off[1].starts_with("seccomp: go on without"), "{off:?}");
+}
+
+/// Step 7: every entry is a mount of its own, and no link leads from one to another.
+fn hard_links_stay_in_their_mount() {
+    const EXDEV: i32 = 18;
+    let mut sandbox = Setup::inner().start();
+    assert_eq!(sandbox.tell(&["link", "/kernel", "/share/volumes/kernel"]), Err(EXDEV));
+    assert_eq!(sandbox.tell(&["link", "/disk/upper", "/share/volumes/disk"]), Err(EXDEV));
+}
+
+/// Steps 5, 12 and 13 for a machine that lends its guest the host's network: connections go out, nothing else changes.
+fn a_lent_network_is_lent() {
+    let mut setup = Setup::new();
+    setup.config.jail.network = Network::Host;
+    let port = setup.fill("@port");
+    let mut sandbox = setup.start();
+    sandbox.ask(&["tcp", &port]);
+    assert_eq!(sandbox.tell(&["list", "/"]), Err(EACCES));
+    assert_eq!(sandbox.attempt(&["unshare"]), sandbox::Outcome::Refused(libc::SYS_unshare));
 }

@@ -8,21 +8,32 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
-use std::os::unix::net::UnixStream;
+use std::net::TcpStream;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::process::Command;
 
 use nacelle_protocol::vm::VmConfig;
-use nacelle_vmm::jail::{self, Descriptors};
+use nacelle_vmm::jail::{self, Descriptors, Step};
 use nacelle_vmm::plan::Plan;
 use nacelle_vmm::{log, report};
-use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
-use rustix::thread::{Gid, Uid, set_thread_res_gid, set_thread_res_uid};
+use rustix::fs::{
+    AtFlags, CWD, FileType, MemfdFlags, Mode, chmodat, chownat, linkat, makedev, memfd_create, mkdirat, mknodat,
+    unlinkat,
+};
+use rustix::net::{AddressFamily, SocketType};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, Gid, Uid, set_capabilities, set_thread_res_gid, set_thread_res_uid,
+};
 
 /// The port whose socket leads to the test.
 pub const PORT: u32 = 1024;
 
-/// Enters the jail and serves until the test hangs up.
-pub fn run() -> ! {
+/// Enters the jail, without the steps named in `without`, and serves until the test hangs up.
+pub fn run(without: &str) -> ! {
+    let without: Vec<_> = without.split(',').filter(|name| !name.is_empty()).map(step).collect();
+    jail::leave_out(&without);
     let Descriptors { config, report, lifeline, console } = Descriptors::inherited().expect("descriptors");
     log::init();
     report::init(report, jail::exit);
@@ -46,13 +57,49 @@ pub fn run() -> ! {
     jail::exit(0)
 }
 
+fn step(name: &str) -> Step {
+    use Step::*;
+    let all = [
+        Limits,
+        Descriptors,
+        Cgroups,
+        NetworkNamespace,
+        Namespaces,
+        Attributes,
+        Seal,
+        PidNamespace,
+        Detach,
+        UserNamespace,
+        Capabilities,
+        NoNewPrivileges,
+        Session,
+        Environment,
+        Lifeline,
+    ];
+    all.into_iter().find(|step| format!("{step:?}") == name).unwrap_or_else(|| panic!("no step {name}"))
+}
+
+/// Calls are those that libkrun makes, where there is a choice: the older forms are not in the filter's table.
 fn act(words: &[&str]) -> io::Result<String> {
-    let number = |text: &str| text.parse::<u32>().map_err(io::Error::other);
+    match *words {
+        ["read" | "write" | "list" | "stat" | "make-directory" | "remove" | "link" | "chown" | "chmod", ..]
+        | ["create-as" | "make-device" | "open-device" | "open", ..] => files(words),
+        _ => others(words),
+    }
+}
+
+fn number(text: &str) -> io::Result<u32> {
+    text.parse().map_err(io::Error::other)
+}
+
+fn files(words: &[&str]) -> io::Result<String> {
+    let ok = |()| String::new();
     Ok(match *words {
         ["read", path] => fs::read_to_string(path)?,
-        ["write", path, text] => fs::write(path, text).map(|()| String::new())?,
-        ["make-directory", path] => fs::create_dir(path).map(|()| String::new())?,
-        ["remove", path] => fs::remove_file(path).map(|()| String::new())?,
+        ["write", path, text] => fs::write(path, text).map(ok)?,
+        ["make-directory", path] => mkdirat(CWD, path, Mode::RWXU).map(ok)?,
+        ["remove", path] => unlinkat(CWD, path, AtFlags::empty()).map(ok)?,
+        ["link", from, to] => linkat(CWD, from, CWD, to, AtFlags::empty()).map(ok)?,
         ["list", path] => {
             let names = fs::read_dir(path)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
             let mut names = names.collect::<io::Result<Vec<_>>>()?;
@@ -63,10 +110,13 @@ fn act(words: &[&str]) -> io::Result<String> {
             let meta = fs::symlink_metadata(path)?;
             format!("{} {} {:o}", meta.uid(), meta.gid(), meta.permissions().mode() & 0o7777)
         }
-        ["chown", path, uid, gid] => chown(path, Some(number(uid)?), Some(number(gid)?)).map(|()| String::new())?,
+        ["chown", path, uid, gid] => {
+            let owner = (Some(Uid::from_raw(number(uid)?)), Some(Gid::from_raw(number(gid)?)));
+            chownat(CWD, path, owner.0, owner.1, AtFlags::empty()).map(ok)?
+        }
         ["chmod", path, mode] => {
             let mode = u32::from_str_radix(mode, 8).map_err(io::Error::other)?;
-            fs::set_permissions(path, fs::Permissions::from_mode(mode)).map(|()| String::new())?
+            chmodat(CWD, path, Mode::from_raw_mode(mode), AtFlags::empty()).map(ok)?
         }
         // As libkrun creates a file for a user of the guest's: effective ids of one thread, and back.
         ["create-as", uid, gid, path] => {
@@ -78,17 +128,69 @@ fn act(words: &[&str]) -> io::Result<String> {
             set_thread_res_gid(None, Some(Gid::ROOT), None)?;
             made.map(|_| String::new())?
         }
-        ["make-device", path] => {
-            mknodat(CWD, path, FileType::CharacterDevice, Mode::RUSR, makedev(1, 3)).map(|()| String::new())?
-        }
+        ["make-device", path] => mknodat(CWD, path, FileType::CharacterDevice, Mode::RUSR, makedev(1, 3)).map(ok)?,
         ["open-device", path] => OpenOptions::new().read(true).write(true).open(path).map(|_| String::new())?,
-        ["mount", path] => rustix::mount::mount("x", path, "tmpfs", rustix::mount::MountFlags::empty(), None)
-            .map(|()| String::new())?,
+        ["open", path, count] => {
+            let files = (0..number(count)?).map(|_| File::open(path)).collect::<io::Result<Vec<_>>>()?;
+            files.len().to_string()
+        }
+        _ => return Err(io::Error::other("unknown command")),
+    })
+}
+
+fn others(words: &[&str]) -> io::Result<String> {
+    let process = |id: &str| number(id).map(|id| nix::unistd::Pid::from_raw(id.cast_signed()));
+    let ok = |()| String::new();
+    Ok(match *words {
+        ["mount", path] => {
+            rustix::mount::mount("x", path, "tmpfs", rustix::mount::MountFlags::empty(), None).map(ok)?
+        }
         ["connect", path] => UnixStream::connect(path).map(|_| String::new())?,
+        ["listen", path] => UnixListener::bind(path).map(|_| String::new())?,
+        ["abstract", name] => {
+            UnixStream::connect_addr(&SocketAddr::from_abstract_name(name)?).map(|_| String::new())?
+        }
+        ["tcp", port] => TcpStream::connect(("127.0.0.1", u16::try_from(number(port)?).map_err(io::Error::other)?))
+            .map(|_| String::new())?,
+        ["raw-socket"] => {
+            let icmp = Some(rustix::net::ipproto::ICMP);
+            rustix::net::socket(AddressFamily::INET, SocketType::RAW, icmp).map(|_| String::new())?
+        }
+        ["trace", id] => nix::sys::ptrace::attach(process(id)?).map(ok)?,
+        ["signal", id] => nix::sys::signal::kill(process(id)?, nix::sys::signal::Signal::SIGCONT).map(ok)?,
+        ["run", path] => Command::new(path).status().map(|_| String::new())?,
+        ["unshare"] => nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWUSER).map(ok)?,
+        ["module"] => nix::kmod::init_module(b"no module", c"").map(ok)?,
+        ["io-uring"] => io_uring::IoUring::new(8).map(|_| String::new())?,
+        ["memory-file"] => memfd_create("x", MemfdFlags::CLOEXEC).map(|_| String::new())?,
+        ["ioctl"] => rustix::io::ioctl_fionread(io::stdin()).map(|len| len.to_string())?,
+        ["prctl"] => rustix::process::dumpable_behavior().map(|found| format!("{found:?}"))?,
+        ["raise"] => {
+            let all = CapabilitySet::CHOWN | CapabilitySet::SYS_ADMIN;
+            set_capabilities(
+                None,
+                CapabilitySets { effective: all, permitted: all, inheritable: CapabilitySet::empty() },
+            )
+            .map(ok)?
+        }
+        ["threads", count] => {
+            for _ in 0..number(count)? {
+                std::thread::Builder::new().stack_size(16 << 10).spawn(|| {
+                    loop {
+                        std::thread::park()
+                    }
+                })?;
+            }
+            String::new()
+        }
+        // Written to, because memory that is only promised costs nothing.
+        ["fill", mib] => {
+            vec![1_u8; number(mib)? as usize * (1 << 20)].iter().map(|&b| usize::from(b)).sum::<usize>().to_string()
+        }
         ["console", text] => {
             // As libkrun opens it.
             let mut console = File::create("/proc/self/fd/6")?;
-            console.write_all(text.as_bytes()).map(|()| String::new())?
+            console.write_all(text.as_bytes()).map(ok)?
         }
         ["environment"] => {
             std::env::vars().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(" ")

@@ -2,8 +2,10 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -11,11 +13,12 @@ use std::time::Duration;
 use command_fds::{CommandFdExt, FdMapping};
 use nacelle_protocol::GENERATION;
 use nacelle_protocol::ids::SandboxId;
-use nacelle_protocol::vm::{Disk, Jail, Network, Report, Share, Socket, VmConfig};
+use nacelle_protocol::vm::{Disk, Jail, Landlock, Network, Report, Seccomp, Share, Socket, VmConfig};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount};
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, kill_process, waitpid};
 use tempfile::TempDir;
 
+use crate::attacks::Off;
 use crate::probe::PORT;
 
 pub const BASE: u32 = 700_000;
@@ -25,6 +28,9 @@ pub struct Setup {
     pub dir: TempDir,
     pub config: VmConfig,
     listener: UnixListener,
+    without: Vec<String>,
+    victim: Option<Child>,
+    hosts: Vec<OwnedFd>,
 }
 
 impl Setup {
@@ -62,9 +68,54 @@ impl Setup {
                 network: Network::New,
                 cgroups: Vec::new(),
                 max_files: 4096,
+                landlock: Landlock::default(),
+                seccomp: Seccomp::default(),
             },
         };
-        Self { dir, config, listener }
+        Self { dir, config, listener, without: Vec::new(), victim: None, hosts: Vec::new() }
+    }
+
+    /// The jail without its two outermost steps, for tests of what lies below.
+    pub fn inner() -> Self {
+        let mut setup = Self::new();
+        setup.leave_out(&[Off::Landlock, Off::Seccomp]);
+        setup
+    }
+
+    /// Leaves these out of the jail.
+    pub fn leave_out(&mut self, off: &[Off]) {
+        for off in off {
+            match off {
+                Off::Without(step) => self.without.push(format!("{step:?}")),
+                Off::Landlock => self.config.jail.landlock = Landlock::Off,
+                Off::Seccomp => self.config.jail.seccomp = Seccomp::Off,
+            }
+        }
+    }
+
+    /// Puts something of the host's, made for the purpose, in place of a word's placeholder.
+    pub fn fill(&mut self, word: &str) -> String {
+        let Some((before, name)) = word.split_once('@') else { return word.to_owned() };
+        let value = match name {
+            "victim" => {
+                let victim = Command::new("sleep").arg("1000").spawn().expect("spawn");
+                self.victim.insert(victim).id().to_string()
+            }
+            "port" => {
+                let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
+                let port = listener.local_addr().expect("address").port();
+                self.hosts.push(listener.into());
+                port.to_string()
+            }
+            "name" => {
+                let name = self.path("abstract").display().to_string();
+                let address = SocketAddr::from_abstract_name(&name).expect("address");
+                self.hosts.push(UnixListener::bind_addr(&address).expect("listen").into());
+                name
+            }
+            _ => panic!("no such thing: {name}"),
+        };
+        format!("{before}{value}")
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -107,7 +158,12 @@ impl Setup {
         let mut mappings: Vec<_> = given.map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd }).into();
         mappings.push(FdMapping { parent_fd: leak.into(), child_fd: 9 });
         let mut command = Command::new(std::env::current_exe().expect("own path"));
-        command.arg("probe").env("SECRET", "of the shim").stdin(Stdio::null()).stdout(Stdio::null());
+        command
+            .arg("probe")
+            .arg(self.without.join(","))
+            .env("SECRET", "of the shim")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
         command.fd_mappings(mappings).expect("mappings");
         let child = command.spawn().expect("spawn");
         // The parent's copies of the child's ends are in the command.
@@ -141,7 +197,20 @@ pub struct Sandbox {
     pub pid: Pid,
     pub degraded: Vec<String>,
     control: BufReader<UnixStream>,
-    ended: bool,
+    pub ended: bool,
+}
+
+/// How an attempt of the probe's ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It succeeded, with this answer.
+    Done(String),
+    /// It failed with this error number.
+    Error(i32),
+    /// The filter refused this system call, and the process reported it and ended.
+    Refused(i64),
+    /// A signal ended the process.
+    Killed(i32),
 }
 
 impl Sandbox {
@@ -154,6 +223,33 @@ impl Sandbox {
             ("ok", text) => Ok(text.replace("\\n", "\n").replace("\\t", "\t")),
             (_, number) => Err(number.parse().expect("number")),
         }
+    }
+
+    /// Has the probe try something that may end it.
+    pub fn attempt(&mut self, words: &[&str]) -> Outcome {
+        self.send(words);
+        let mut answer = String::new();
+        // A process that is killed may reset the connection.
+        if self.control.read_line(&mut answer).is_ok_and(|len| len > 0) {
+            return match answer.trim_end_matches('\n').split_once('\t').expect("answer") {
+                ("ok", text) => Outcome::Done(text.to_owned()),
+                (_, number) => Outcome::Error(number.parse().expect("number")),
+            };
+        }
+        let status = self.end();
+        if let Some(signal) = status.terminating_signal() {
+            return Outcome::Killed(signal);
+        }
+        let call = loop {
+            let Some(report) = self.started.report() else { panic!("it ended without a word: {status:?}") };
+            if let Report::Failed { stage, message, .. } = report {
+                assert_eq!(stage, "seccomp", "{message}");
+                let number = message.strip_prefix("make system call ").and_then(|rest| rest.split(' ').next());
+                break number.expect("number").parse().expect("number");
+            }
+        };
+        assert_eq!(status.exit_status(), Some(1));
+        Outcome::Refused(call)
     }
 
     /// Has the probe do something that leaves no answer.
@@ -203,8 +299,36 @@ impl Drop for Sandbox {
 
 impl Drop for Setup {
     fn drop(&mut self) {
+        if let Some(victim) = &mut self.victim {
+            let _ = victim.kill();
+            let _ = victim.wait();
+        }
+        for dir in &self.config.jail.cgroups {
+            let _ = fs::remove_dir(dir);
+        }
         let _ = unmount(self.path("volumes"), UnmountFlags::DETACH);
     }
+}
+
+/// Gives the sandbox a cgroup of its own with a limit, in whichever hierarchy has one of these files.
+pub fn cgroup(setup: &mut Setup, files: &[&str], limit: &str) {
+    let mounts = fs::read_to_string("/proc/self/mounts").expect("mounts");
+    let mut hierarchies = mounts.lines().filter_map(|line| {
+        let mut fields = line.split(' ').skip(1);
+        fields.next().zip(fields.next()).filter(|(_, kind)| kind.starts_with("cgroup")).map(|(mount, _)| mount)
+    });
+    let name = setup.dir.path().file_name().expect("name").to_owned();
+    let found = hierarchies.find_map(|mount| {
+        let dir = Path::new(mount).join(&name);
+        fs::create_dir(&dir).ok()?;
+        match files.iter().map(|file| dir.join(file)).find(|file| file.exists()) {
+            Some(file) => Some((dir, file)),
+            None => fs::remove_dir(&dir).map(|()| None).expect("remove cgroup"),
+        }
+    });
+    let (dir, file) = found.unwrap_or_else(|| panic!("no cgroup hierarchy has any of {files:?}"));
+    fs::write(file, limit).expect("limit");
+    setup.config.jail.cgroups.push(dir);
 }
 
 /// Mounts a tmpfs, as a shim would mount a volume.

@@ -1,0 +1,76 @@
+//! The requests to KVM that libkrun makes (`krun-vmm` 1.19.7, src/linux/vstate.rs and src/device_manager/kvm,
+//! `krun-arch` src/x86_64, `krun-devices` src/legacy). Numbers and sizes are those of `linux/kvm.h`.
+//!
+//! The order is that of the filter's comparisons, and KVM_RUN is what a guest makes most of.
+
+/// Direction bits of a request (`asm-generic/ioctl.h`).
+const NONE: u64 = 0;
+const WRITE: u64 = 1;
+const READ: u64 = 2;
+
+const fn request(direction: u64, number: u64, size: u64) -> u64 {
+    const KVM: u64 = 0xae;
+    direction << 30 | size << 16 | KVM << 8 | number
+}
+
+/// Requests of ioctl(2) that are allowed.
+pub const REQUESTS: &[u64] = &[
+    request(NONE, 0x80, 0),   // KVM_RUN
+    request(NONE, 0x00, 0),   // KVM_GET_API_VERSION
+    request(NONE, 0x01, 0),   // KVM_CREATE_VM
+    request(NONE, 0x03, 0),   // KVM_CHECK_EXTENSION
+    request(NONE, 0x04, 0),   // KVM_GET_VCPU_MMAP_SIZE
+    request(NONE, 0x41, 0),   // KVM_CREATE_VCPU
+    request(WRITE, 0x46, 32), // KVM_SET_USER_MEMORY_REGION
+    request(WRITE, 0x76, 32), // KVM_IRQFD
+    request(WRITE, 0x79, 64), // KVM_IOEVENTFD
+    #[cfg(target_arch = "x86_64")]
+    request(READ | WRITE, 0x02, 4), // KVM_GET_MSR_INDEX_LIST
+    #[cfg(target_arch = "x86_64")]
+    request(READ | WRITE, 0x05, 8), // KVM_GET_SUPPORTED_CPUID
+    #[cfg(target_arch = "x86_64")]
+    request(NONE, 0x47, 0), // KVM_SET_TSS_ADDR
+    #[cfg(target_arch = "x86_64")]
+    request(NONE, 0x60, 0), // KVM_CREATE_IRQCHIP
+    #[cfg(target_arch = "x86_64")]
+    request(NONE, 0x71, 0), // KVM_REINJECT_CONTROL
+    #[cfg(target_arch = "x86_64")]
+    request(WRITE, 0x77, 64), // KVM_CREATE_PIT2
+    #[cfg(target_arch = "x86_64")]
+    request(WRITE, 0x82, 144), // KVM_SET_REGS
+    #[cfg(target_arch = "x86_64")]
+    request(READ, 0x83, 312), // KVM_GET_SREGS
+    #[cfg(target_arch = "x86_64")]
+    request(WRITE, 0x84, 312), // KVM_SET_SREGS
+    #[cfg(target_arch = "x86_64")]
+    request(WRITE, 0x89, 8), // KVM_SET_MSRS
+    #[cfg(target_arch = "x86_64")]
+    request(WRITE, 0x8d, 416), // KVM_SET_FPU
+    #[cfg(target_arch = "x86_64")]
+    request(READ, 0x8e, 1024), // KVM_GET_LAPIC
+    #[cfg(target_arch = "x86_64")]
+    request(WRITE, 0x8f, 1024), // KVM_SET_LAPIC
+    #[cfg(target_arch = "x86_64")]
+    request(WRITE, 0x90, 8), // KVM_SET_CPUID2
+    #[cfg(target_arch = "aarch64")]
+    request(WRITE, 0xa3, 104), // KVM_ENABLE_CAP
+    #[cfg(target_arch = "aarch64")]
+    request(WRITE, 0xab, 16), // KVM_GET_ONE_REG
+    #[cfg(target_arch = "aarch64")]
+    request(WRITE, 0xac, 16), // KVM_SET_ONE_REG
+    #[cfg(target_arch = "aarch64")]
+    request(WRITE, 0xae, 32), // KVM_ARM_VCPU_INIT
+    #[cfg(target_arch = "aarch64")]
+    request(READ, 0xaf, 32), // KVM_ARM_PREFERRED_TARGET
+    #[cfg(target_arch = "aarch64")]
+    request(READ | WRITE, 0xb0, 8), // KVM_GET_REG_LIST
+    #[cfg(target_arch = "aarch64")]
+    request(WRITE, 0xc2, 4), // KVM_ARM_VCPU_FINALIZE
+    #[cfg(target_arch = "aarch64")]
+    request(READ | WRITE, 0xe0, 12), // KVM_CREATE_DEVICE
+    #[cfg(target_arch = "aarch64")]
+    request(WRITE, 0xe1, 24), // KVM_SET_DEVICE_ATTR
+    #[cfg(target_arch = "aarch64")]
+    request(WRITE, 0xe3, 24), // KVM_HAS_DEVICE_ATTR
+    0x5401,                   // TCGETS: whether the console is a terminal
+];
