@@ -2,12 +2,12 @@
 //! processor.
 //!
 //! ```text
-//!  file ──decompress──► chunks ──► Input (the reader's thread) ──► image
-//!                                    └──► hash ──► diffID
+//!  file ──decompress──► Input (the reader's thread) ──► hash ──► diffID
+//!            ▲            └──► image                      │
+//!            └──────────── chunks to be filled again ◄────┘
 //! ```
 
 use std::io::{self, BufReader, Read};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{Builder, Scope, ScopedJoinHandle};
 
@@ -19,7 +19,7 @@ const CHUNK: usize = 256 << 10;
 /// Chunks that wait at most between two threads.
 const WAITING: usize = 8;
 
-type Chunk = Arc<Vec<u8>>;
+type Chunk = Vec<u8>;
 
 /// The plain bytes of an archive.
 pub struct Input<'s> {
@@ -34,15 +34,19 @@ impl<'s> Input<'s> {
     /// Starts the threads. They end when the archive or the input does.
     pub fn start<'e>(scope: &'s Scope<'s, 'e>, archive: impl Read + Send + 's) -> io::Result<Input<'s>> {
         let (to_reader, chunks) = sync_channel(WAITING);
-        let (to_hash, hashed) = sync_channel::<Chunk>(WAITING);
+        let (to_hash, wanted) = sync_channel::<Chunk>(WAITING);
+        let (done, empty) = sync_channel(3 * WAITING);
         Builder::new().name("decompress".into()).spawn_scoped(scope, move || {
-            if let Err(e) = decompress(archive, &to_reader) {
+            if let Err(e) = decompress(archive, &empty, &to_reader) {
                 let _ = to_reader.send(Err(e)); // nobody there: it has ended for another reason
             }
         })?;
         let hash = Builder::new().name("hash".into()).spawn_scoped(scope, move || {
             let mut hash = Sha256::new();
-            hashed.iter().for_each(|chunk| hash.update(&*chunk));
+            for chunk in wanted {
+                hash.update(&chunk);
+                let _ = done.try_send(chunk); // there are enough, or everything is read
+            }
             hash.finalize().into()
         })?;
         Ok(Input { chunks, to_hash, hash, current: Chunk::default(), at: 0 })
@@ -50,12 +54,20 @@ impl<'s> Input<'s> {
 
     /// Reads what is left, at most `limit` bytes; returns the SHA-256 of all.
     pub fn finish(mut self, limit: u64) -> io::Result<[u8; 32]> {
-        let left = io::copy(&mut (&mut self).take(limit + 1), &mut io::sink())?;
+        let left = io::copy(&mut (&mut self).take(limit.saturating_add(1)), &mut io::sink())?;
         if left > limit {
             return Err(io::ErrorKind::FileTooLarge.into());
         }
+        self.hash_current()?;
         drop(self.to_hash);
         self.hash.join().map_err(|_| io::Error::other("the hashing thread failed"))
+    }
+
+    /// Hands on the chunk that has been read.
+    fn hash_current(&mut self) -> io::Result<()> {
+        self.at = 0;
+        let chunk = std::mem::take(&mut self.current);
+        self.to_hash.send(chunk).map_err(|_| io::Error::other("the hashing thread failed"))
     }
 }
 
@@ -65,10 +77,9 @@ impl Read for Input<'_> {
             return Ok(0);
         }
         if self.at == self.current.len() {
+            self.hash_current()?;
             let Ok(chunk) = self.chunks.recv() else { return Ok(0) };
             self.current = chunk?;
-            self.at = 0;
-            self.to_hash.send(Arc::clone(&self.current)).map_err(|_| io::Error::other("the hashing thread failed"))?;
         }
         let rest = &self.current[self.at..];
         let n = rest.len().min(buffer.len());
@@ -79,11 +90,13 @@ impl Read for Input<'_> {
 }
 
 /// Sends the plain bytes in chunks; ends early when nobody wants them any more.
-fn decompress(archive: impl Read, out: &SyncSender<io::Result<Chunk>>) -> io::Result<()> {
+fn decompress(archive: impl Read, empty: &Receiver<Chunk>, out: &SyncSender<io::Result<Chunk>>) -> io::Result<()> {
     let mut plain = plain(archive)?;
     loop {
-        let mut chunk = Vec::with_capacity(CHUNK);
-        if (&mut plain).take(CHUNK as u64).read_to_end(&mut chunk)? == 0 || out.send(Ok(Arc::new(chunk))).is_err() {
+        let mut chunk = empty.try_recv().unwrap_or_default();
+        chunk.clear();
+        chunk.reserve_exact(CHUNK);
+        if (&mut plain).take(CHUNK as u64).read_to_end(&mut chunk)? == 0 || out.send(Ok(chunk)).is_err() {
             return Ok(());
         }
     }
