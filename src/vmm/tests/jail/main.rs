@@ -86,8 +86,8 @@ fn main() {
     }
     for case in attacks::CASES {
         if filter.is_none_or(|filter| case.0.contains(filter.as_str())) {
-            case.run();
-            println!("test {} ... ok", case.0);
+            let end = case.run();
+            println!("test {} ... ok (without its step: {end})", case.0);
             ran += 1;
         }
     }
