@@ -334,6 +334,8 @@ fn later_volumes_are_mapped() {
     assert_eq!(sandbox.tell(&["write", "/share/volumes/file", "x"]), Err(EROFS));
     unmount(volumes.join("dir"), UnmountFlags::DETACH).expect("unmount");
     assert_eq!(sandbox.ask(&["list", "/share/volumes/dir"]), "");
+    // The directory cannot be removed with a mount in it.
+    unmount(host.join("below"), UnmountFlags::DETACH).expect("unmount");
 }
 
 /// Step 7: what cannot be mapped is served as it is, and said.
