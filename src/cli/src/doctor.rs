@@ -47,6 +47,7 @@ pub fn run(json: bool, out: &mut impl io::Write) -> anyhow::Result<bool> {
         kvm(),
         cpu(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()),
         kernel(&rustix::system::uname().release().to_string_lossy()),
+        landlock(fs::read_to_string("/sys/kernel/security/lsm").ok().as_deref()),
         cgroups(),
         guest_kernel(),
         helpers(),
@@ -109,6 +110,26 @@ fn kernel(release: &str) -> Check {
         Check::ok(NAME, release)
     } else {
         Check::new(NAME, Verdict::Fail, release, "idmapped mounts need Linux 5.12 or later")
+    }
+}
+
+/// `modules` is what securityfs lists, with commas between.
+fn landlock(modules: Option<&str>) -> Check {
+    const NAME: &str = "landlock";
+    match modules {
+        Some(list) if list.trim().split(',').any(|module| module == "landlock") => Check::ok(NAME, "on"),
+        Some(list) => Check::new(
+            NAME,
+            Verdict::Fail,
+            format!("not among this kernel's security modules: {}", list.trim()),
+            "add landlock to lsm= of the kernel's command line (Linux 5.13 or later), or set jail.landlock to \"best-effort\"",
+        ),
+        None => Check::new(
+            NAME,
+            Verdict::Warn,
+            "no list of security modules at /sys/kernel/security/lsm",
+            "mount securityfs on /sys/kernel/security to find out",
+        ),
     }
 }
 
@@ -184,6 +205,13 @@ mod tests {
         assert_eq!(cpu("flags\t\t: fpu svm sse").verdict, Verdict::Ok);
         assert_eq!(cpu("flags\t\t: fpu sse").verdict, Verdict::Fail);
         assert_eq!(cpu("").verdict, Verdict::Fail);
+    }
+
+    #[test]
+    fn finds_landlock_among_the_modules() {
+        assert_eq!(landlock(Some("lockdown,capability,landlock,yama\n")).verdict, Verdict::Ok);
+        assert_eq!(landlock(Some("capability,landlocked\n")).verdict, Verdict::Fail);
+        assert_eq!(landlock(None).verdict, Verdict::Warn);
     }
 
     #[test]

@@ -27,12 +27,31 @@ use rustix::thread::{
     CapabilitySet, CapabilitySets, Gid, Uid, set_capabilities, set_thread_res_gid, set_thread_res_uid,
 };
 
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+
 /// The port whose socket leads to the test.
 pub const PORT: u32 = 1024;
 
+/// Among the steps that are left out: the kernel itself has no Landlock.
+pub const NO_LANDLOCK: &str = "no-landlock";
+
+/// A filter answers for the kernel.
+fn lose_landlock() {
+    let rules = [(libc::SYS_landlock_create_ruleset, Vec::new())].into();
+    let unknown = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
+    let arch = std::env::consts::ARCH.try_into().expect("architecture");
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, unknown, arch).expect("filter");
+    let program: BpfProgram = filter.try_into().expect("compile");
+    seccompiler::apply_filter(&program).expect("install");
+}
+
 /// Enters the jail, without the steps named in `without`, and serves until the test hangs up.
 pub fn run(without: &str) -> ! {
-    let without: Vec<_> = without.split(',').filter(|name| !name.is_empty()).map(step).collect();
+    let names = without.split(',').filter(|name| !name.is_empty());
+    if names.clone().any(|name| name == NO_LANDLOCK) {
+        lose_landlock();
+    }
+    let without: Vec<_> = names.filter(|name| *name != NO_LANDLOCK).map(step).collect();
     jail::leave_out(&without);
     let Descriptors { config, report, lifeline, console } = Descriptors::inherited().expect("descriptors");
     log::init();

@@ -19,7 +19,7 @@ use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, kill_process, waitpi
 use tempfile::TempDir;
 
 use crate::attacks::Off;
-use crate::probe::PORT;
+use crate::probe::{NO_LANDLOCK, PORT};
 
 pub const BASE: u32 = 700_000;
 
@@ -140,10 +140,21 @@ impl Setup {
         Sandbox { control: BufReader::new(control), pid, degraded, ended: false, started }
     }
 
-    /// Starts the probe, and returns the one report and the exit status with which it fails.
+    /// Has the kernel say that it has no Landlock.
+    pub fn lose_landlock(&mut self) {
+        self.without.push(NO_LANDLOCK.into());
+    }
+
+    /// Starts the probe, and returns the one failure that it reports, and the exit status of its first process.
     pub fn fail(self) -> (String, String, Option<i32>) {
         let mut started = self.launch();
-        let Some(Report::Failed { stage, message, .. }) = started.report() else { panic!("no failure") };
+        let (stage, message) = loop {
+            match started.report() {
+                Some(Report::Failed { stage, message, .. }) => break (stage, message),
+                Some(Report::Started { .. }) => {}
+                other => panic!("no failure: {other:?}"),
+            }
+        };
         assert_eq!(started.report(), None, "one report");
         (stage, message, started.child.wait().expect("wait").code())
     }
