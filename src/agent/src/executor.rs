@@ -141,28 +141,29 @@ fn execve(args: &[String]) -> Result<std::convert::Infallible, LaunchError> {
     let (Ok(c_args), Ok(c_env)) = (c_args, c_env) else {
         return Err(LaunchError::Exec { name, errno: Errno::EINVAL });
     };
-    let try_path = |path: &str| match CString::new(path) {
-        Ok(path) => nix::unistd::execve(&path, &c_args, &c_env).map_or_else(|errno| errno, |never| match never {}),
-        Err(_) => Errno::EINVAL,
-    };
+    search(&name, &std::env::var("PATH").unwrap_or_default(), |path| {
+        let path = CString::new(path).map_err(|_| Errno::EINVAL)?;
+        nix::unistd::execve(&path, &c_args, &c_env)
+    })
+}
+
+/// Tries a program's path or, for a plain name, one path after the other along `path`, as execvp(3) does.
+fn search<T>(name: &str, path: &str, try_path: impl Fn(&str) -> Result<T, Errno>) -> Result<T, LaunchError> {
+    let failed = |errno| LaunchError::Exec { name: name.to_owned(), errno };
     if name.contains('/') {
-        let errno = try_path(&name);
-        return Err(LaunchError::Exec { name, errno });
+        return try_path(name).map_err(failed);
     }
-    let path = std::env::var("PATH").unwrap_or_default();
     let mut denied = None;
     for directory in path.split(':') {
         let directory = if directory.is_empty() { "." } else { directory };
         match try_path(&format!("{directory}/{name}")) {
-            Errno::ENOENT | Errno::ENOTDIR => {}
-            errno @ Errno::EACCES => denied = Some(errno),
-            errno => return Err(LaunchError::Exec { name, errno }),
+            Ok(found) => return Ok(found),
+            Err(Errno::ENOENT | Errno::ENOTDIR) => {}
+            Err(errno @ Errno::EACCES) => denied = Some(errno),
+            Err(errno) => return Err(failed(errno)),
         }
     }
-    Err(match denied {
-        Some(errno) => LaunchError::Exec { name, errno },
-        None => LaunchError::NotInPath(name),
-    })
+    Err(denied.map_or_else(|| LaunchError::NotInPath(name.to_owned()), failed))
 }
 
 impl Executor for LastSteps {
@@ -190,25 +191,12 @@ impl Executor for LastSteps {
 
 /// Whether [`execve`] will find something to execute. That it cannot be executed may still show only then.
 fn look_up(name: &str, path: &str, cwd: &Path) -> Result<(), LaunchError> {
-    let try_path = |path: &Path| {
+    search(name, path, |path| {
         let file = cwd.join(path);
         match std::fs::metadata(&file) {
             Ok(metadata) if !metadata.is_file() => Err(Errno::EACCES),
             Ok(_) => nix::unistd::access(&file, AccessFlags::X_OK),
             Err(error) => Err(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)),
         }
-    };
-    let failed = |errno| LaunchError::Exec { name: name.to_owned(), errno };
-    if name.contains('/') {
-        return try_path(Path::new(name)).map_err(failed);
-    }
-    let mut denied = None;
-    for directory in path.split(':') {
-        match try_path(&Path::new(directory).join(name)) {
-            Ok(()) => return Ok(()),
-            Err(Errno::EACCES) => denied = Some(Errno::EACCES),
-            Err(_) => {}
-        }
-    }
-    Err(denied.map_or_else(|| LaunchError::NotInPath(name.to_owned()), failed))
+    })
 }
