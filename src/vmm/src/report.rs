@@ -45,6 +45,11 @@ pub fn send(report: &Report) {
     }
 }
 
+/// Sends the report that a layer of the jail is less than it could be.
+pub fn degraded(stage: &str, message: &str) {
+    send(&Report::Degraded { stage: stage.into(), message: message.into() });
+}
+
 /// Sends the report of a system call that the filter refused, with the call's first arguments. It is called in a signal
 /// handler, so it neither allocates nor locks.
 pub fn refused(call: i32, [first, second, third]: [u64; 3]) {

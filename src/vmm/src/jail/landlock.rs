@@ -19,7 +19,7 @@ use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, LandlockStatus, PathBeneath, PathFd, Ruleset,
     RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope, make_bitflags,
 };
-use nacelle_protocol::vm::{Landlock, Report};
+use nacelle_protocol::vm::Landlock;
 
 use super::{JailError, at};
 use crate::plan::{Kind, Plan};
@@ -44,7 +44,7 @@ const FILE: BitFlags<AccessFs> = make_bitflags!(AccessFs::{ReadFile | WriteFile 
 pub fn restrict(plan: &Plan) -> Result<(), JailError> {
     let wanted = plan.jail.landlock;
     if wanted == Landlock::Off {
-        degraded("go on without Landlock: the configuration turns it off");
+        report::degraded(STAGE, "go on without Landlock: the configuration turns it off");
         return Ok(());
     }
     let status = enforce(&rules(plan), plan.machine.host_network)
@@ -55,14 +55,10 @@ pub fn restrict(plan: &Plan) -> Result<(), JailError> {
         _ => "this kernel has none, and Linux 5.13 or newer can have it",
     };
     if wanted == Landlock::BestEffort {
-        degraded(&format!("go on without Landlock: {why}"));
+        report::degraded(STAGE, &format!("go on without Landlock: {why}"));
         return Ok(());
     }
     Err(at(STAGE, "restrict the VMM (jail.landlock = \"best-effort\" would start it without)")(io::Error::other(why)))
-}
-
-fn degraded(message: &str) {
-    report::send(&Report::Degraded { stage: STAGE.into(), message: message.into() });
 }
 
 /// What may be done to what, see the table above.

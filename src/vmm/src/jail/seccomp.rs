@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 use std::io;
 
 use libc::c_long;
-use nacelle_protocol::vm::{Report, Seccomp};
+use nacelle_protocol::vm::Seccomp;
 use seccompiler::{
     BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
@@ -203,11 +203,11 @@ pub fn install(mode: Seccomp, host_network: bool) -> Result<(), JailError> {
     let otherwise = match mode {
         Seccomp::Enforce => SeccompAction::Trap,
         Seccomp::Log => {
-            degraded("log what the filter would refuse: the configuration says so");
+            report::degraded(STAGE, "log what the filter would refuse: the configuration says so");
             SeccompAction::Log
         }
         Seccomp::Off => {
-            degraded("go on without the filter of system calls: the configuration turns it off");
+            report::degraded(STAGE, "go on without the filter of system calls: the configuration turns it off");
             return Ok(());
         }
     };
@@ -217,10 +217,6 @@ pub fn install(mode: Seccomp, host_network: bool) -> Result<(), JailError> {
         seccompiler::apply_filter(&program).map_err(|e| at(STAGE, "install the filter")(io::Error::other(e)))?;
     }
     Ok(())
-}
-
-fn degraded(message: &str) {
-    report::send(&Report::Degraded { stage: STAGE.into(), message: message.into() });
 }
 
 /// Two programs, because one knows only two answers; the kernel runs both and takes the sterner. The first refuses politely
