@@ -30,6 +30,9 @@ const CONTAINERD: &[(&str, &str)] = &[("1.7", "/usr/bin"), ("2.1", "/opt/contain
 /// containerd's namespace of the tests; its name shows in cgroups and bundle paths.
 pub const NAMESPACE: &str = "nacelle-e2e";
 
+/// The id of the container that stays, see [`Node::resident`].
+pub const RESIDENT: &str = "resident";
+
 /// A running containerd. Dropped, it ends and its directories go.
 pub struct Node {
     dir: TempDir,
@@ -129,11 +132,11 @@ impl Node {
 
     /// A container that does nothing and stays, for tests that only run commands in one: machines take their time.
     pub fn resident(&self) -> Container<'_> {
-        let c = self.adopt("resident");
+        let c = self.adopt(RESIDENT);
         let state = c.state();
         if state.as_deref() != Some("RUNNING") {
             if state.is_some() {
-                self.adopt("resident").delete();
+                self.adopt(RESIDENT).delete();
             }
             self.run_as(&c.id, &["--detach"], BUSYBOX, &["sleep", "1000000"]).ok();
         }

@@ -28,7 +28,11 @@ use std::{
 };
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use nacelle_tests::{command::seconds, leftovers::Leftovers, node::Node};
+use nacelle_tests::{
+    command::seconds,
+    leftovers::Leftovers,
+    node::{Node, RESIDENT},
+};
 
 /// One test.
 pub struct Case {
@@ -149,14 +153,13 @@ fn attempt(case: &'static Case, name: &str, node: &mut Node) -> Result<(), Strin
         node.delete_everything();
         return Err(format!("resident: {}", LAST_PANIC.lock().expect("nothing panics here")));
     }
-    let resident = node.adopt("resident");
     let before = Leftovers::scan(&node.watched());
     let started = Instant::now();
     let result = panic::catch_unwind(AssertUnwindSafe(|| (case.run)(node)));
     TIMES.lock().expect("nothing panics here").push((started.elapsed(), name.to_owned()));
 
     let left = Leftovers::since(&before, &node.watched(), grace());
-    let containers = node.ctr(["containers", "list", "-q"]).run().text().replace(resident.id(), "");
+    let containers = node.ctr(["containers", "list", "-q"]).run().text().replace(RESIDENT, "");
     let mut failure = String::new();
     if result.is_err() {
         failure.clone_from(&LAST_PANIC.lock().expect("nothing panics here"));

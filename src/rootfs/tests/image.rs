@@ -6,7 +6,7 @@ mod common;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, PermissionsExt, chown, lchown, symlink};
+use std::os::unix::fs::{PermissionsExt, chown, lchown, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -259,11 +259,7 @@ fn deep_paths() {
 fn sparse_files_stay_sparse() {
     let workshop = workshop();
     let tree = dir(workshop.path().join("tree"));
-    let sparse = |name: &str, size: u64, parts: &[(u64, usize)]| {
-        let file = File::create(tree.join(name)).unwrap();
-        file.set_len(size).unwrap();
-        parts.iter().for_each(|&(at, len)| file.write_all_at(&vec![0xa5; len], at).unwrap());
-    };
+    let sparse = |name: &str, size, parts: &[_]| common::sparse(&tree.join(name), size, parts);
     let gib = 1 << 30;
     sparse("8g", 8 * gib, &[(0, 5000), (4 * gib + 123, 70_000), (8 * gib - 1, 1)]);
     sparse("hole", 3 * gib + 17, &[]);

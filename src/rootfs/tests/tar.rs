@@ -6,7 +6,7 @@ mod common;
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 
 use common::{Dice, assert_same, assert_sound, dir, mount_erofs, mount_overlay, run, survey, workshop};
@@ -117,11 +117,7 @@ fn attributes_and_exact_times() {
 fn sparse_files_in_every_version() {
     let workshop = workshop();
     let tree = dir(workshop.path().join("tree"));
-    let sparse = |name: &str, size: u64, parts: &[(u64, usize)]| {
-        let file = File::create(tree.join(name)).unwrap();
-        file.set_len(size).unwrap();
-        parts.iter().for_each(|&(at, len)| file.write_all_at(&vec![0xa5; len], at).unwrap());
-    };
+    let sparse = |name: &str, size, parts: &[_]| common::sparse(&tree.join(name), size, parts);
     sparse("8g", 8 << 30, &[(0, 5000), ((4 << 30) + 123, 70_000), ((8 << 30) - 1, 1)]);
     sparse("hole", (1 << 30) + 17, &[]);
     sparse("small", 20_000, &[(19_999, 1)]);

@@ -53,6 +53,13 @@ pub fn dir(path: impl AsRef<Path>) -> PathBuf {
     path.as_ref().to_owned()
 }
 
+/// Writes bytes at the offsets of `parts`, and nothing between them.
+pub fn sparse(path: &Path, size: u64, parts: &[(u64, usize)]) {
+    let file = File::create(path).unwrap();
+    file.set_len(size).unwrap();
+    parts.iter().for_each(|&(at, len)| file.write_all_at(&vec![0xa5; len], at).unwrap());
+}
+
 /// Runs a program that must succeed. `package` is where Debian has it.
 pub fn run(package: &str, program: &str, args: &[&dyn AsRef<std::ffi::OsStr>]) -> Output {
     let output = Command::new(program).args(args.iter().map(|a| a.as_ref())).env("PATH", path()).output();
