@@ -49,12 +49,13 @@ debian_source() {
     printf 'deb [signed-by=%s] %s %s main\n' "$DEBIAN_KEYRING" "$mirror" "$1"
 }
 
-# private_apt SUITE: prints the path of an apt configuration (for APT_CONFIG) that sees SUITE alone and keeps its lists,
-# archives and status in the cache. Proxies and the like still come from the machine's apt.conf.d.
+# private_apt SUITE: prints the path of an apt configuration (for APT_CONFIG) that sees SUITE alone (SUITE/source: its
+# source packages) and keeps its lists, archives and status in the cache. Proxies and the like still come from the machine's apt.conf.d.
 private_apt() {
     local suite=$1 source
     apt_ensure debian-archive-keyring
-    source=$(debian_source "$suite")
+    source=$(debian_source "${suite%/source}")
+    [ "$suite" = "${suite%/source}" ] || source=${source/#deb /deb-src }
     cached "apt/$suite" "$(sha256sum <<<"$source" | cut -c1-16)" private_apt_build "$source" | sed 's,$,/apt.conf,'
 }
 
@@ -106,6 +107,13 @@ suite_unpack() {
     (cd "$debs" && with_lists "$suite" apt-get download -qq "$@" >&2)
     for deb in "$debs"/*.deb; do dpkg-deb -x "$deb" "$dir"; done
     rm -r "$debs"
+}
+
+# suite_source SUITE DIR PACKAGE: downloads the files of a source package into DIR.
+suite_source() {
+    local suite=$1 dir=$2 package=$3
+    mkdir -p "$dir"
+    (cd "$dir" && with_lists "$suite/source" apt-get source --download-only -qq "$package" >&2)
 }
 
 # suite_tree SUITE VARIANT TARGET PACKAGE…: a Debian tree (directory, or tar where TARGET ends so) by mmdebstrap.
