@@ -16,8 +16,9 @@ import oci
 
 SUITE, STAGING = "registry.k8s.io/", "gcr.io/k8s-staging-cri-tools/"
 ENV = ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
-# The tags that containerd 1.7 and 2.1 have as their defaults, and the suite's own.
-PAUSES = [f"{SUITE}pause:{tag}" for tag in ("3.8", "3.9", "3.10", "3.10.1")] + ["k8s.gcr.io/pause:3.9"]
+# The tags that containerd 1.7 and 2.1 have as their defaults, and those that the suite pulls.
+PAUSES = [f"{SUITE}pause:{tag}" for tag in ("3.8", "3.10", "3.10.1")]
+SUITE_PAUSES = [f"{SUITE}pause:3.9", "k8s.gcr.io/pause:3.9"]
 
 PASSWD = """\
 root:x:0:0:root:/root:/bin/sh
@@ -136,8 +137,10 @@ def main(output, busybox, nginx, nnp, pause):
     }
     waits = ([program_layer("pause", pause)], {"Env": ENV, "Entrypoint": ["/pause", "pause"]})
     run |= {name: waits for name in PAUSES}
+    # One image under two names, and no other name for it.
+    run |= {name: (waits[0], {**waits[1], "Labels": {"suite": name.partition("/")[2]}}) for name in SUITE_PAUSES}
     # The suite pulls these and takes them away again.
-    pulled = {f"{STAGING}{name}": plain() for name in ("test-image-latest:latest",)}
+    pulled = {f"{STAGING}{name}": plain(Labels={"name": name}) for name in ("test-image-latest:latest",)}
     for name in ("tag:test", "tag:all", "1:latest", "2:latest", "3:latest"):
         pulled[f"{STAGING}test-image-{name}"] = ([base, file_layer("name", name)], {"Env": ENV, "Cmd": ["sh"]})
     pulled |= {f"{STAGING}test-image-tags:{tag}": plain(Labels={"tags": "same"}) for tag in (1, 2, 3)}
