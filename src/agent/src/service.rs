@@ -14,7 +14,7 @@ use containerd_shim_protos::api::{
     StateResponse, StatsRequest, StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::shim_async::Task;
-use nacelle_protocol::agent::CONTAINER_TYPE;
+use nacelle_protocol::agent::{CONTAINER_TYPE, MAX_PIDS};
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageField};
@@ -149,7 +149,7 @@ impl Task for Tasks {
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         let pids = self.0.pids(&request.id).map_err(rpc_error)?;
-        let processes = pids.into_iter().map(|pid| ProcessInfo { pid, ..Default::default() }).collect();
+        let processes = pids.into_iter().take(MAX_PIDS).map(|pid| ProcessInfo { pid, ..Default::default() }).collect();
         Ok(PidsResponse { processes, ..Default::default() })
     }
 

@@ -28,6 +28,9 @@ pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};
 /// `type_url` of the options of a `CreateTaskRequest` to the agent.
 pub const CONTAINER_TYPE: &str = "nacelle.agent.v1.Container";
 
+/// Most processes of a container that the agent lists, and that the shim takes.
+pub const MAX_PIDS: usize = 32768;
+
 /// virtiofs tag of the share that holds the lowers.
 pub const LAYERS_TAG: &str = "layers";
 /// virtiofs tag of the share that holds the volumes.

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use nacelle_protocol::ids::{IdError, SandboxId};
 use nacelle_protocol::vm::Network;
@@ -188,6 +189,12 @@ impl Bundle {
             return Err(BundleError::HostNetwork);
         }
         Ok(Self { dir: dir.to_owned(), role, network, pod, spec })
+    }
+
+    /// All annotations.
+    pub fn annotations(&self) -> &HashMap<String, String> {
+        static NONE: LazyLock<HashMap<String, String>> = LazyLock::new(HashMap::new);
+        self.spec.annotations().as_ref().unwrap_or(&NONE)
     }
 
     /// Hooks, which run on the host.

@@ -22,6 +22,20 @@ const CONTROLLERS: [&str; 4] = ["cpu", "io", "memory", "pids"];
 /// Why there is no cgroup.
 #[derive(Debug, Error)]
 pub enum CgroupError {
+    /// The host does not hand a controller down.
+    #[error("write {path} {file}: the host's cgroups have no such controller; nacelle needs cgroup v2 with {controller}",
+            path = .path.display())]
+    Controller {
+        /// The cgroup.
+        path: PathBuf,
+        /// The file that it lacks.
+        file: &'static str,
+        /// Whose it is.
+        controller: &'static str,
+    },
+    /// There is no unified hierarchy.
+    #[error("limit pod: this host has no writable cgroup v2 hierarchy at {} or {}", ROOTS[0], ROOTS[1])]
+    NoHierarchy,
     /// The path would leave the hierarchy, or is no systemd path.
     #[error("use cgroup path {0:?}: malformed")]
     Path(PathBuf),
@@ -43,6 +57,10 @@ pub enum CgroupError {
 pub struct Limits {
     /// `memory.max`, bytes.
     pub memory: Option<u64>,
+    /// `memory.high`, bytes: from here on the kernel takes back what it has cached for the pod.
+    pub memory_high: Option<u64>,
+    /// `pids.max`: processes and threads.
+    pub tasks: Option<u64>,
     /// CPU shares as Docker counts them: 1024 is a CPU's worth.
     pub cpu_shares: Option<u64>,
 }
@@ -115,14 +133,20 @@ pub fn create(root: &Path, path: &Path, limits: Limits) -> Result<Vec<PathBuf>, 
     if made.first() != Some(&dir) {
         made.insert(0, dir.clone());
     }
-    let weight = limits.cpu_shares.map(weight_of);
-    for (file, value) in [("memory.max", limits.memory), ("cpu.weight", weight)] {
+    let files = [
+        ("memory", "memory.high", limits.memory_high),
+        ("memory", "memory.max", limits.memory),
+        ("pids", "pids.max", limits.tasks),
+        ("cpu", "cpu.weight", limits.cpu_shares.map(weight_of)),
+    ];
+    for (controller, file, value) in files {
         let Some(value) = value else { continue };
-        let file = dir.join(file);
-        match write(&file, &value.to_string()) {
-            // The controller is not there: the host's own choice, or a hybrid host where version 1 has it.
-            Err(e) if e.kind() == io::ErrorKind::NotFound => tracing::warn!("no {}: no such limit", file.display()),
-            Err(source) => return Err(CgroupError::Io { what: "write", path: file, source }),
+        match write(&dir.join(file), &value.to_string()) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                remove(&made);
+                return Err(CgroupError::Controller { path: dir, file, controller });
+            }
+            Err(source) => return Err(CgroupError::Io { what: "write", path: dir.join(file), source }),
             Ok(()) => {}
         }
     }
@@ -202,5 +226,12 @@ mod tests {
         remove(&made);
         remove(&made);
         assert!(root.path().join("a").is_dir() && !root.path().join("a/b").exists());
+        let limits = Limits { tasks: Some(7), ..Limits::default() };
+        let error = create(root.path(), Path::new("/a/b/c"), limits).expect_err("there are no controllers");
+        assert!(
+            error.to_string().contains("pids.max") && error.to_string().ends_with("cgroup v2 with pids"),
+            "{error}"
+        );
+        assert!(!root.path().join("a/b").exists(), "nothing is left");
     }
 }

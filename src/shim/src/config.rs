@@ -7,7 +7,8 @@
 //! ```
 //!
 //! A key that is not known is an error with its line: a misspelt limit must not silently become the default. The TOML
-//! structs stop here; the rest of the shim sees checked values only. No annotation of a pod ever reaches this module.
+//! structs stop here; the rest of the shim sees checked values only. No annotation of a pod ever reaches this module: what
+//! they may change is decided in [`crate::annotations`].
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -17,6 +18,8 @@ use std::time::Duration;
 use nacelle_protocol::vm::{Landlock, Seccomp};
 use serde::Deserialize;
 use thiserror::Error;
+
+use crate::annotations::{KNOWN, Policy};
 
 /// Environment variable that names the configuration file.
 pub const PATH_ENV: &str = "NACELLE_CONFIG";
@@ -95,6 +98,7 @@ struct Document {
     vm: VmTable,
     rootfs: RootfsTable,
     jail: JailTable,
+    annotations: AnnotationsTable,
     log: LogTable,
 }
 
@@ -144,13 +148,34 @@ impl Default for RootfsTable {
 struct JailTable {
     uid_base: u32,
     max_files: u64,
+    idmap: Idmap,
     landlock: Landlock,
     seccomp: Seccomp,
 }
 
 impl Default for JailTable {
     fn default() -> Self {
-        Self { uid_base: 1_879_048_192, max_files: 65536, landlock: Landlock::Require, seccomp: Seccomp::Enforce }
+        Self {
+            uid_base: 1_879_048_192,
+            max_files: 65536,
+            idmap: Idmap::BestEffort,
+            landlock: Landlock::Require,
+            seccomp: Seccomp::Enforce,
+        }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct AnnotationsTable {
+    allow: Vec<String>,
+    host_paths: Vec<PathBuf>,
+}
+
+impl Default for AnnotationsTable {
+    fn default() -> Self {
+        let Policy { allow, host_paths } = Policy::default();
+        Self { allow, host_paths }
     }
 }
 
@@ -163,6 +188,27 @@ struct LogTable {
 impl Default for LogTable {
     fn default() -> Self {
         Self { level: "info".into() }
+    }
+}
+
+/// What to do about a volume whose file system cannot map ids: its files keep the host's ids, among which the VMM is
+/// nobody, so the guest can do with them what others may, and no more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Idmap {
+    /// Go on so, and say it in the log and in the sandbox's status.
+    BestEffort,
+    /// Refuse the container.
+    Require,
+}
+
+impl Idmap {
+    /// Name of the step in the VMM's report.
+    const STAGE: &str = "map ids";
+
+    /// Whether something that is weaker than asked for must end the start.
+    pub fn refuses(self, stage: &str) -> bool {
+        self == Self::Require && stage == Self::STAGE
     }
 }
 
@@ -193,10 +239,14 @@ pub struct Config {
     pub uid_base: u32,
     /// RLIMIT_NOFILE of a VMM.
     pub max_files: u64,
+    /// What to do about volumes whose file system cannot map ids.
+    pub idmap: Idmap,
     /// Landlock of a VMM.
     pub landlock: Landlock,
     /// System call filter of a VMM.
     pub seccomp: Seccomp,
+    /// What a pod's annotations may change.
+    pub annotations: Policy,
     /// Level of the shim's log.
     pub log_level: String,
 }
@@ -267,7 +317,7 @@ fn parse(text: &str, origin: &str) -> Result<Config, ConfigError> {
         line: e.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1),
         message: e.message().replace('\n', " "),
     })?;
-    let Document { vm, rootfs, jail, log } = document;
+    let Document { vm, rootfs, jail, annotations, log } = document;
     let config = Config {
         kernel: vm.kernel,
         vmm: vm.vmm,
@@ -281,8 +331,10 @@ fn parse(text: &str, origin: &str) -> Result<Config, ConfigError> {
         upper_mib: rootfs.upper_mib,
         uid_base: jail.uid_base,
         max_files: jail.max_files,
+        idmap: jail.idmap,
         landlock: jail.landlock,
         seccomp: jail.seccomp,
+        annotations: Policy { allow: annotations.allow, host_paths: annotations.host_paths },
         log_level: log.level,
     };
     config.validate()?;
@@ -308,6 +360,12 @@ impl Config {
         let uid_ok = self.uid_base >= UIDS_PER_POD && self.uid_base.is_multiple_of(UIDS_PER_POD);
         check(uid_ok, "jail.uid_base", &self.uid_base, "a multiple of 65536, not zero")?;
         check((1024..=1 << 20).contains(&self.max_files), "jail.max_files", &self.max_files, "1024 to 1048576")?;
+        for name in &self.annotations.allow {
+            check(KNOWN.contains(&name.as_str()), "annotations.allow", name, "nacelle knows no such annotation")?;
+        }
+        for path in &self.annotations.host_paths {
+            check(path.is_absolute(), "annotations.host_paths", &path.display(), "absolute paths")?;
+        }
         let levels = ["error", "warn", "info", "debug", "trace"];
         check(
             levels.contains(&self.log_level.as_str()),
@@ -400,6 +458,8 @@ mod tests {
         assert!(err("[vm]\nkernel_args = [\"a b\"]\n").contains("vm.kernel_args"));
         assert!(err("[jail]\nuid_base = 1000\n").contains("jail.uid_base"));
         assert!(err("[rootfs]\ndir = \"x\"\n").contains("absolute"));
+        assert!(err("[annotations]\nallow = [\"io.nacelle.jail\"]\n").contains("no such annotation"));
+        assert!(err("[annotations]\nhost_paths = [\"kernels\"]\n").contains("absolute"));
         assert!(!err("[vm]\nmemory = 5\n").contains('\n'), "one line for containerd's log");
     }
 

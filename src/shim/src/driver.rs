@@ -31,12 +31,17 @@ use crate::stdio::{Io, Wanted};
 use crate::task::{Call, Create, Reply, State, TaskError};
 
 #[cfg(test)]
+mod hostile;
+#[cfg(test)]
 mod tests;
 
 /// Requests that may wait.
 const QUEUE: usize = 256;
 /// How long the exits of a container's execs may take after its own.
 const HOLD: Duration = Duration::from_secs(5);
+/// How long a container may take to end after SIGKILL. One that has not ended by then has a guest that lies, or a kernel
+/// that cannot: its VM is ended instead, or the pod could never be deleted.
+const OBEDIENCE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 30 });
 /// Open requests above which those that nobody waits for are looked for.
 const PRUNE: usize = 1024;
 /// SIGKILL.
@@ -96,6 +101,7 @@ enum Completion {
     Performed(Token, Box<Result<Output, TaskError>>),
     Unkillable(ContainerId),
     Overdue(ContainerId),
+    Disobeyed(ContainerId, Token),
     Stopped,
 }
 
@@ -105,6 +111,7 @@ enum Next {
     Completion(Completion),
     Guest(GuestEvent),
     GuestSilent,
+    Condemned(String),
     VmGone,
     Terminate,
 }
@@ -122,7 +129,11 @@ pub struct Driver {
     containers: BTreeMap<ContainerId, Local>,
     streams: HashMap<ProcessKey, Streams>,
     stats: HashMap<ContainerId, Vec<u8>>,
+    /// The first SIGKILL of each container that has got one.
+    killed: HashMap<ContainerId, Token>,
     pod: Option<Arc<Pod>>,
+    /// What the guest was condemned for.
+    verdict: Option<String>,
     guest: Option<mpsc::Receiver<GuestEvent>>,
     first: Option<ContainerId>,
     stopping: bool,
@@ -147,7 +158,9 @@ impl Driver {
             containers: BTreeMap::new(),
             streams: HashMap::new(),
             stats: HashMap::new(),
+            killed: HashMap::new(),
             pod: None,
+            verdict: None,
             guest: None,
             first: None,
             stopping: false,
@@ -190,6 +203,12 @@ impl Driver {
                 None => std::future::pending().await,
             }
         };
+        let condemned = async {
+            match &self.pod {
+                Some(pod) if self.verdict.is_none() => Next::Condemned(pod.conduct.condemned().await),
+                _ => std::future::pending().await,
+            }
+        };
         let gone = async {
             match &self.pod {
                 Some(pod) => pod.vm.gone().await,
@@ -205,7 +224,10 @@ impl Driver {
         };
         tokio::select! {
             biased;
-            // What the guest says counts before the news that it is gone.
+            // Known before what the guest's silence, or its VM's end, would be taken for.
+            next = condemned => next,
+            // What the guest says counts before the news that it is gone. It cannot keep others waiting with it for
+            // long: see `Guest::events`.
             next = guest => next,
             completion = done => Next::Completion(completion),
             () = gone => Next::VmGone,
@@ -228,9 +250,18 @@ impl Driver {
                 self.guest = None;
                 if let Some(pod) = &self.pod {
                     // A VM whose agent does not answer is of no use to anybody; its end follows as an event.
-                    tracing::error!("the agent is gone: ending VMM {}", pod.vm.pid());
+                    if pod.conduct.verdict().is_none() {
+                        tracing::error!("the agent is gone: ending VMM {}", pod.vm.pid());
+                    }
                     pod.vm.kill();
                 }
+            }
+            Next::Condemned(why) => {
+                if let Some(pod) = &self.pod {
+                    tracing::error!("ending VMM {}: {why}", pod.vm.pid());
+                    pod.vm.kill();
+                }
+                self.verdict = Some(why);
             }
             Next::VmGone => {
                 if let Some(pod) = self.pod.take() {
@@ -323,7 +354,11 @@ impl Driver {
                     }
                 }
                 Action::Leave(token) => self.leaving = Some(token),
-                Action::Suspect(what, key) => tracing::error!("the guest claims what cannot be: {what}: {key:?}"),
+                Action::Suspect(what, key) => {
+                    if let Some(pod) = &self.pod {
+                        pod.conduct.strike(&format!("the guest claims what cannot be: {what}: {key:?}"));
+                    }
+                }
             }
         }
     }
@@ -369,9 +404,17 @@ impl Driver {
             Answer::Performed => output.unwrap_or(Ok(Reply::Done)),
             Answer::Ok => Ok(Reply::Done),
             Answer::Exit(exit) => Ok(Reply::Exit(pid, Some(exit))),
-            Answer::Refused(refusal) => Err(TaskError::Refused(refusal, job.key)),
+            Answer::Refused(refusal) => Err(self.refused(refusal, job.key)),
         };
         let _ = job.reply.send(reply);
+    }
+
+    /// A refusal, with the reason where there is one.
+    fn refused(&self, refusal: Refusal, key: ProcessKey) -> TaskError {
+        match (&self.verdict, refusal) {
+            (Some(why), Refusal::VmGone) => TaskError::Ended(key.container, why.clone()),
+            _ => TaskError::Refused(refusal, key),
+        }
     }
 
     /// Does what an open request asks for, in a task of its own.
@@ -385,7 +428,10 @@ impl Driver {
             match call {
                 Call::Create(request) if self.sandbox.cold() => self.spawn(token, create_first(env, id, request)),
                 Call::Delete => self.delete(token, key, None, local),
-                _ => self.spawn(token, async { Err(TaskError::Refused(Refusal::VmGone, key)) }),
+                _ => {
+                    let refused = self.refused(Refusal::VmGone, key);
+                    self.spawn(token, async { Err(refused) });
+                }
             }
             return;
         };
@@ -410,10 +456,15 @@ impl Driver {
                 });
             }
             Call::Delete => self.delete(token, key, Some(pod), local),
-            Call::Kill { signal, all } => self.spawn(token, async move {
-                pod.guest.kill(&key, signal, all).await?;
-                Ok(Output::Nothing)
-            }),
+            Call::Kill { signal, all } => {
+                if signal == SIGKILL && key.exec.is_none() {
+                    self.expect_end(id, token);
+                }
+                self.spawn(token, async move {
+                    pod.guest.kill(&key, signal, all).await?;
+                    Ok(Output::Nothing)
+                });
+            }
             Call::Pause => self.spawn(token, async move {
                 pod.guest.pause(&id).await?;
                 Ok(Output::Nothing)
@@ -449,6 +500,17 @@ impl Driver {
             }
             Call::Wait | Call::State | Call::Shutdown => self.spawn(token, async { Ok(Output::Nothing) }),
         }
+    }
+
+    fn expect_end(&mut self, id: ContainerId, token: Token) {
+        if self.killed.contains_key(&id) {
+            return;
+        }
+        self.killed.insert(id.clone(), token);
+        self.tasks.spawn(async move {
+            tokio::time::sleep(OBEDIENCE).await;
+            Completion::Disobeyed(id, token)
+        });
     }
 
     fn delete(&mut self, token: Token, key: ProcessKey, pod: Option<Arc<Pod>>, local: Option<Local>) {
@@ -500,6 +562,16 @@ impl Driver {
                 }
             }
             Completion::Overdue(id) => self.apply(Event::Overdue(id)),
+            Completion::Disobeyed(id, token) => {
+                let key = ProcessKey { container: id, exec: None };
+                let lives = self.sandbox.snapshot(&key).is_some_and(|s| s.exit.is_none());
+                // Another container may have the name by now.
+                let same = self.killed.get(&key.container) == Some(&token);
+                if let Some(pod) = self.pod.as_ref().filter(|_| lives && same) {
+                    let seconds = OBEDIENCE.as_secs();
+                    pod.conduct.breach(format!("container {} has not ended {seconds} s after SIGKILL", key.container));
+                }
+            }
             Completion::Stopped => self.stopping = false,
         }
     }
@@ -567,6 +639,7 @@ impl Driver {
             self.streams.retain(|other, _| other.container != key.container);
             self.containers.remove(&key.container);
             self.stats.remove(&key.container);
+            self.killed.remove(&key.container);
         }
     }
 }

@@ -6,46 +6,58 @@
 //!
 //! What the guest says is a claim until it has been checked here or in [`crate::sandbox`]: ids are parsed, numbers are
 //! bounded, counts are limited, and its errors are passed on as short printable text. Every call has a deadline but the
-//! one that waits for events.
+//! one that waits for events, and of events there are only so many a second. How large an answer may be, and that there
+//! is one answer to one request, is [`crate::wire`]'s to see to.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use containerd_shim_protos::api;
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim_async::{Client, TaskClient};
 use nacelle_protocol::agent::{
     AgentClient, CONTAINER_TYPE, ConfigureRequest, Container, Event as WireEvent, EventsRequest, LAYERS_DIR,
-    LAYERS_TAG, SetTimeRequest, Share, ShutdownRequest, UPPER_SERIAL, VOLUMES_DIR, VOLUMES_TAG, event::What,
+    LAYERS_TAG, MAX_PIDS, SetTimeRequest, Share, ShutdownRequest, UPPER_SERIAL, VOLUMES_DIR, VOLUMES_TAG, event::What,
 };
 use nacelle_protocol::ids::{ContainerId, ExecId};
 use nacelle_protocol::stream::{Answer, Kind, PREAMBLE_LEN, Preamble, Status};
-use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
+use protobuf::{Message, MessageField};
 use thiserror::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use ttrpc::Code;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::{Context, with_duration};
 
+use crate::conduct::Conduct;
 use crate::publisher::now_ns;
 use crate::sandbox::ProcessKey;
 use crate::stdio::Names;
 use crate::stream::PREAMBLE_DEADLINE;
+use crate::wire::Wire;
 
 /// How long an ordinary call may take. The guest may be slow, but it is not on a network.
-const DEADLINE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = Duration::from_secs(if cfg!(test) { 3 } else { 60 });
+/// What the guest's end of a call, and ttrpc's, get on top: the shim's own deadline comes first and knows what it is.
+const GRACE: Duration = Duration::from_secs(1);
 /// How long the guest may take to end in good order.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(1);
 /// How often the clock of a guest that cannot follow the host's is set.
 const CLOCK_PERIOD: Duration = Duration::from_secs(30);
 /// Most of a guest's error message that is passed on, in characters.
 const MAX_MESSAGE: usize = 2048;
-/// Most processes of a container that are listed.
-const MAX_PIDS: usize = 32768;
-/// Largest metrics that are passed on, in bytes.
-const MAX_STATS: usize = 1 << 20;
+/// Largest process id: PID_MAX_LIMIT of `include/linux/threads.h`.
+const PID_MAX: u32 = 4 << 20;
+/// Largest metrics that are passed on, in bytes; real ones have one or two thousand.
+const MAX_STATS: usize = 64 << 10;
+/// Most events in one answer; the agent sends 512.
+const MAX_EVENTS: usize = 4096;
+/// Events that may come at once, and how many a second from then on. A guest cannot start processes that fast.
+const EVENT_BURST: u32 = 8192;
+const EVENT_RATE: u32 = 1024;
 /// Type of the metrics that are passed on: the guest has cgroup v2, whatever the host has.
 pub const STATS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
 
@@ -104,6 +116,17 @@ pub enum GuestEvent {
 pub struct Guest {
     task: TaskClient,
     agent: AgentClient,
+    conduct: Arc<Conduct>,
+}
+
+/// Makes an ordinary call.
+async fn ask<T>(what: &'static str, call: impl Future<Output = ttrpc::Result<T>>) -> Result<T, GuestError> {
+    check(what, timeout(DEADLINE, call).await.map_err(|_| GuestError::Timeout(what))?)
+}
+
+/// The same for [`check_known`].
+async fn ask_known<T>(what: &'static str, call: impl Future<Output = ttrpc::Result<T>>) -> Result<T, GuestError> {
+    check_known(what, timeout(DEADLINE, call).await.map_err(|_| GuestError::Timeout(what))?)
 }
 
 fn check<T>(what: &'static str, result: ttrpc::Result<T>) -> Result<T, GuestError> {
@@ -129,7 +152,7 @@ fn check_known<T>(what: &'static str, result: ttrpc::Result<T>) -> Result<T, Gue
 }
 
 fn soon() -> Context {
-    with_duration(DEADLINE)
+    with_duration(DEADLINE + GRACE)
 }
 
 /// The `exec_id` of a request.
@@ -141,16 +164,20 @@ impl Guest {
     /// Accepts the agent's connection: the first one with the right preamble. There is no second.
     ///
     /// # Errors
-    /// [`GuestError::Accept`]. The caller sets the deadline.
-    pub async fn accept(listener: UnixListener) -> Result<Self, GuestError> {
+    /// [`GuestError::Accept`]. The caller sets the deadline, and listens for the verdict of `conduct`.
+    pub async fn accept(listener: UnixListener, conduct: Arc<Conduct>) -> Result<Self, GuestError> {
         loop {
             let (socket, _) = listener.accept().await.map_err(GuestError::Accept)?;
             match timeout(PREAMBLE_DEADLINE, admit(socket)).await {
                 Ok(Some(socket)) => {
-                    let client = Client::new(Socket::new(socket));
-                    return Ok(Self { task: TaskClient::new(client.clone()), agent: AgentClient::new(client) });
+                    let client = Client::new(Socket::new(Wire::new(socket, conduct.clone())));
+                    return Ok(Self {
+                        task: TaskClient::new(client.clone()),
+                        agent: AgentClient::new(client),
+                        conduct,
+                    });
                 }
-                _ => tracing::warn!("a connection of the guest was refused"),
+                _ => conduct.strike("a connection that the guest dialled was refused"),
             }
         }
     }
@@ -177,7 +204,7 @@ impl Guest {
             realtime_ns: now_ns(),
             ..ConfigureRequest::default()
         };
-        let response = check("configure guest", self.agent.configure(soon(), &request).await)?;
+        let response = ask("configure guest", self.agent.configure(soon(), &request)).await?;
         let version: String = response.version.chars().filter(|c| c.is_ascii_graphic()).take(32).collect();
         let kernel: String = response.kernel.chars().filter(|c| c.is_ascii_graphic()).take(64).collect();
         tracing::info!("guest is up: agent {version}, kernel {kernel}");
@@ -210,7 +237,7 @@ impl Guest {
             options: MessageField::some(options),
             ..Default::default()
         };
-        some_pid(what, check_known(what, self.task.create(soon(), &request).await)?.pid)
+        some_pid(what, ask_known(what, self.task.create(soon(), &request)).await?.pid)
     }
 
     /// Registers an exec.
@@ -229,7 +256,7 @@ impl Guest {
             spec: MessageField::some(Any { type_url, value: process, ..Any::default() }),
             ..Default::default()
         };
-        check_known("add exec", self.task.exec(soon(), &request).await).map(drop)
+        ask_known("add exec", self.task.exec(soon(), &request)).await.map(drop)
     }
 
     /// Starts a process; returns the guest's process id.
@@ -239,7 +266,7 @@ impl Guest {
     pub async fn start(&self, key: &ProcessKey) -> Result<u32, GuestError> {
         let what = "start process";
         let request = api::StartRequest { id: key.container.to_string(), exec_id: exec_id(key), ..Default::default() };
-        some_pid(what, check_known(what, self.task.start(soon(), &request).await)?.pid)
+        some_pid(what, ask_known(what, self.task.start(soon(), &request)).await?.pid)
     }
 
     /// Sends a signal.
@@ -254,7 +281,7 @@ impl Guest {
             all,
             ..Default::default()
         };
-        check("signal process", self.task.kill(soon(), &request).await).map(drop)
+        ask("signal process", self.task.kill(soon(), &request)).await.map(drop)
     }
 
     /// Forgets a process that has exited. One that the guest does not know is forgotten already.
@@ -263,7 +290,7 @@ impl Guest {
     /// [`GuestError`].
     pub async fn delete(&self, key: &ProcessKey) -> Result<(), GuestError> {
         let request = api::DeleteRequest { id: key.container.to_string(), exec_id: exec_id(key), ..Default::default() };
-        match check("delete process", self.task.delete(soon(), &request).await) {
+        match ask("delete process", self.task.delete(soon(), &request)).await {
             Err(GuestError::Refused { code: Code::NOT_FOUND, .. }) | Ok(_) => Ok(()),
             Err(e) => Err(e),
         }
@@ -275,8 +302,8 @@ impl Guest {
     /// [`GuestError`].
     pub async fn pids(&self, id: &ContainerId) -> Result<Vec<u32>, GuestError> {
         let request = api::PidsRequest { id: id.to_string(), ..Default::default() };
-        let response = check("list processes", self.task.pids(soon(), &request).await)?;
-        Ok(response.processes.iter().map(|p| p.pid).filter(|pid| *pid != 0).take(MAX_PIDS).collect())
+        let response = ask("list processes", self.task.pids(soon(), &request)).await?;
+        Ok(response.processes.iter().map(|p| p.pid).filter(|pid| (1..PID_MAX).contains(pid)).take(MAX_PIDS).collect())
     }
 
     /// Stops a container's processes.
@@ -285,7 +312,7 @@ impl Guest {
     /// [`GuestError`].
     pub async fn pause(&self, id: &ContainerId) -> Result<(), GuestError> {
         let request = api::PauseRequest { id: id.to_string(), ..Default::default() };
-        check("pause container", self.task.pause(soon(), &request).await).map(drop)
+        ask("pause container", self.task.pause(soon(), &request)).await.map(drop)
     }
 
     /// Lets them go on.
@@ -294,7 +321,7 @@ impl Guest {
     /// [`GuestError`].
     pub async fn resume(&self, id: &ContainerId) -> Result<(), GuestError> {
         let request = api::ResumeRequest { id: id.to_string(), ..Default::default() };
-        check("resume container", self.task.resume(soon(), &request).await).map(drop)
+        ask("resume container", self.task.resume(soon(), &request)).await.map(drop)
     }
 
     /// Changes a container's limits; `resources` is JSON.
@@ -305,7 +332,7 @@ impl Guest {
         let type_url = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".to_owned();
         let resources = MessageField::some(Any { type_url, value: resources, ..Any::default() });
         let request = api::UpdateTaskRequest { id: id.to_string(), resources, ..Default::default() };
-        check("update container", self.task.update(soon(), &request).await).map(drop)
+        ask("update container", self.task.update(soon(), &request)).await.map(drop)
     }
 
     /// Sets the size of a process's terminal.
@@ -320,7 +347,7 @@ impl Guest {
             height,
             ..Default::default()
         };
-        check("resize terminal", self.task.resize_pty(soon(), &request).await).map(drop)
+        ask("resize terminal", self.task.resize_pty(soon(), &request)).await.map(drop)
     }
 
     /// A container's metrics: an encoded message of the type [`STATS_TYPE`].
@@ -328,17 +355,10 @@ impl Guest {
     /// # Errors
     /// [`GuestError`].
     pub async fn stats(&self, id: &ContainerId) -> Result<Vec<u8>, GuestError> {
-        let what = "read metrics";
         let request = api::StatsRequest { id: id.to_string(), ..Default::default() };
-        let mut response = check(what, self.task.stats(soon(), &request).await)?;
+        let mut response = ask("read metrics", self.task.stats(soon(), &request)).await?;
         let stats = response.stats.take().unwrap_or_default();
-        if stats.type_url.rsplit('/').next() != Some(STATS_TYPE) {
-            return Err(GuestError::Nonsense { what, why: "metrics of another type" });
-        }
-        if stats.value.len() > MAX_STATS {
-            return Err(GuestError::Nonsense { what, why: "metrics of more than 1 MiB" });
-        }
-        Ok(stats.value)
+        clean_metrics(stats)
     }
 
     /// Asks the guest to end. It may be gone before it answers.
@@ -349,38 +369,86 @@ impl Guest {
     /// Passes on the guest's events until it is gone, or nobody takes them any more.
     pub async fn events(self, sink: mpsc::Sender<GuestEvent>) {
         let mut after = 0u64;
+        let mut quota = Quota { left: EVENT_BURST, since: Instant::now() };
         loop {
             let request = EventsRequest { after, ..EventsRequest::default() };
             let response = match check("wait for events", self.agent.events(Context::default(), &request).await) {
                 Ok(response) => response,
                 Err(e) => return tracing::debug!("{}", crate::chain(&e)),
             };
+            if !(1..=MAX_EVENTS).contains(&response.events.len()) {
+                return self.conduct.breach(format!("answer with {} events", response.events.len()));
+            }
             for event in response.events {
                 if Some(event.number) != after.checked_add(1) {
-                    return tracing::error!(
-                        "event {} of the guest does not follow {after}: no more events",
-                        event.number
-                    );
+                    return self.conduct.breach(format!("send event {} after event {after}", event.number));
                 }
                 after = event.number;
-                match read_event(event) {
-                    Some(event) => {
-                        if sink.send(event).await.is_err() {
-                            return;
-                        }
-                    }
-                    None => tracing::error!("event {after} of the guest makes no sense"),
+                let Some(event) = read_event(event) else {
+                    return self.conduct.breach(format!("send event {after}, which makes no sense"));
+                };
+                quota.take().await;
+                if sink.send(event).await.is_err() {
+                    return;
                 }
             }
         }
     }
 }
 
-fn some_pid(what: &'static str, pid: u32) -> Result<u32, GuestError> {
-    if pid == 0 { Err(GuestError::Nonsense { what, why: "process id 0" }) } else { Ok(pid) }
+/// How many events may come.
+struct Quota {
+    left: u32,
+    since: Instant,
 }
 
-fn read_event(event: WireEvent) -> Option<GuestEvent> {
+impl Quota {
+    /// Takes one, and waits if there is none left. Whoever waits is a guest that floods.
+    async fn take(&mut self) {
+        while self.left == 0 {
+            let second = Duration::from_secs(1);
+            tokio::time::sleep_until(self.since + second).await;
+            self.refill(Instant::now());
+        }
+        self.left -= 1;
+        self.refill(Instant::now());
+    }
+
+    fn refill(&mut self, now: Instant) {
+        let seconds = u32::try_from(now.duration_since(self.since).as_secs()).unwrap_or(u32::MAX);
+        if seconds > 0 {
+            self.left = self.left.saturating_add(seconds.saturating_mul(EVENT_RATE)).min(EVENT_BURST);
+            self.since = now;
+        }
+    }
+}
+
+fn some_pid(what: &'static str, pid: u32) -> Result<u32, GuestError> {
+    let why = "a process id that no kernel gives";
+    if (1..PID_MAX).contains(&pid) { Ok(pid) } else { Err(GuestError::Nonsense { what, why }) }
+}
+
+/// Metrics, read and written anew, so that containerd gets metrics and nothing else.
+///
+/// # Errors
+/// [`GuestError::Nonsense`].
+pub fn clean_metrics(stats: Any) -> Result<Vec<u8>, GuestError> {
+    let nonsense = |why| GuestError::Nonsense { what: "read metrics", why };
+    if stats.type_url.rsplit('/').next() != Some(STATS_TYPE) {
+        return Err(nonsense("metrics of another type"));
+    }
+    if stats.value.len() > MAX_STATS {
+        return Err(nonsense("metrics of more than 64 KiB"));
+    }
+    let metrics = Metrics::parse_from_bytes(&stats.value).ok().map(|mut metrics| {
+        metrics.special_fields = Default::default();
+        metrics
+    });
+    metrics.and_then(|metrics| metrics.write_to_bytes().ok()).ok_or(nonsense("metrics that are none"))
+}
+
+/// What the guest says has happened; `None` where that makes no sense.
+pub fn read_event(event: WireEvent) -> Option<GuestEvent> {
     match event.what? {
         What::Exit(exit) => {
             let container = ContainerId::new(exit.container_id).ok()?;
@@ -453,7 +521,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let path = dir.path().join("rpc.sock");
         let listener = UnixListener::bind(&path).expect("bind");
-        let accept = tokio::spawn(Guest::accept(listener));
+        let accept = tokio::spawn(Guest::accept(listener, Arc::default()));
         for bad in [Preamble::new(Kind::Stream, 0), Preamble { generation: 99, ..Preamble::new(Kind::Rpc, 0) }] {
             let mut socket = UnixStream::connect(&path).await.expect("connect");
             socket.write_all(&bad.encode()).await.expect("write");

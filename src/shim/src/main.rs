@@ -13,10 +13,12 @@
 //!
 //! The shim knows nothing of how EROFS is laid out, of libkrun, of seccomp, and of how the guest mounts.
 
+mod annotations;
 mod args;
 mod bootstrap;
 mod bundle;
 mod cgroup;
+mod conduct;
 mod config;
 mod delete;
 mod driver;
@@ -40,6 +42,7 @@ mod tail;
 mod task;
 mod vm;
 mod volumes;
+mod wire;
 
 use std::error::Error;
 use std::io::Write;

@@ -87,18 +87,20 @@ pub async fn create_first(
     request: Create,
 ) -> Result<(Arc<Pod>, mpsc::Receiver<GuestEvent>, Created), TaskError> {
     let begin = Instant::now();
-    let config = request.origin.as_ref().unwrap_or(&env.origin).load()?;
-    let programs = config.programs(&env.exe, &env.kvm)?;
+    let mut config = request.origin.as_ref().unwrap_or(&env.origin).load()?;
     let bundle = Bundle::load(&request.bundle)?;
     if matches!(bundle.role, Role::Container(_)) {
         // It belongs into a pod whose first container, and whose VM with it, is not there.
         return Err(TaskError::Refused(Refusal::VmGone, ProcessKey { container: id, exec: None }));
     }
+    let wishes = config.annotations.read(bundle.annotations())?;
+    config.kernel = wishes.kernel.clone().or(config.kernel);
+    let programs = config.programs(&env.exe, &env.kvm)?;
     let translation = spec::translate(&bundle.spec, &id, None)?;
     log_dropped(&id, &translation.dropped);
     let rootfs = plan::plan(&request.rootfs)?;
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    let size = vm::size(&bundle, &config, cpus);
+    let size = vm::size(&bundle, &config, cpus, &wishes)?;
 
     let data_dir = config.data_dir.clone();
     let (claim_env, vmm) = (env.clone(), programs.vmm.clone());
@@ -161,6 +163,8 @@ pub async fn create_next(
     request: Create,
 ) -> Result<Created, TaskError> {
     let bundle = Bundle::load(&request.bundle)?;
+    // The VM is as it is: they must be in order, and change nothing any more.
+    pod.host.policy().read(bundle.annotations())?;
     let translation = spec::translate(&bundle.spec, &id, shared)?;
     log_dropped(&id, &translation.dropped);
     let rootfs = plan::plan(&request.rootfs)?;
@@ -168,7 +172,8 @@ pub async fn create_next(
     let name = id.to_string();
     let pid = pod.vm.pid();
     let layers = blocking("prepare container", move || {
-        volumes::bind_later(&host.vmm, pid, &host.dirs.volumes(), &volumes)?;
+        let degraded = volumes::bind_later(&host.vmm, pid, &host.dirs.volumes(), &volumes, host.idmap())?;
+        host.record.set(|status| status.degraded.extend(degraded));
         link_layers(host.data_dir(), &host.dirs, &name, &rootfs, &host.record)
     });
     let layers = layers.await;
@@ -196,7 +201,7 @@ async fn finish(
     let mut local = Local {
         hooks,
         version: bundle.spec.version().clone(),
-        annotations: bundle.spec.annotations().clone().unwrap_or_default(),
+        annotations: bundle.annotations().clone(),
         volumes: volumes.into_iter().map(|volume| volume.name).collect(),
         guest_pid: 0,
         bundle: bundle.dir,

@@ -25,9 +25,11 @@ use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
+use crate::annotations::Policy;
 use crate::bundle::Bundle;
 use crate::cgroup::{self, CgroupError};
-use crate::config::{Config, Origin, Programs};
+use crate::conduct::Conduct;
+use crate::config::{Config, Idmap, Origin, Programs};
 use crate::guest::{Guest, GuestError, GuestEvent};
 use crate::spec::Volume;
 use crate::state::{Dirs, Process, State, StateError, UidSlot};
@@ -40,6 +42,8 @@ use crate::volumes::{self, VolumeError};
 const BACKLOG: i32 = 1024;
 /// Events of the guest that may wait.
 const EVENTS: usize = 256;
+/// Threads of a VMM, and what the jail forks while it is made; its own limit of resources is the same.
+const MAX_TASKS: u64 = 1024;
 /// How long a killed VMM may take to be gone.
 const KILL_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -78,6 +82,9 @@ pub enum PodError {
         #[source]
         source: io::Error,
     },
+    /// The guest broke the rules; see [`Conduct`].
+    #[error("end pod: the guest breaks the rules: {0}")]
+    Condemned(String),
     /// The guest does not come up.
     #[error("boot VM: nothing heard from the guest after {seconds} s (vm.boot_timeout_seconds); {words}")]
     Timeout {
@@ -223,6 +230,16 @@ impl Host {
         &self.config.data_dir
     }
 
+    /// What the annotations of the pod's containers may say.
+    pub fn policy(&self) -> &Policy {
+        &self.config.annotations
+    }
+
+    /// What to do about volumes whose ids cannot be mapped.
+    pub fn idmap(&self) -> Idmap {
+        self.config.idmap
+    }
+
     fn uid(&self) -> u32 {
         self.slot.first(self.config.uid_base)
     }
@@ -245,7 +262,7 @@ impl Host {
     pub fn equip(&mut self, bundle: &Bundle, size: Size, first: &[Volume]) -> Result<Listeners, PodError> {
         let uid = self.uid();
         let disk = self.dirs.upper();
-        upper::create(&self.config.data_dir, &disk, self.config.upper_mib << 20)?;
+        upper::create(&self.config.data_dir, &disk, size.upper_mib << 20)?;
         chown(&disk, Some(uid), Some(uid)).map_err(io_error("give away", &disk))?;
         let share = self.dirs.volumes();
         volumes::prepare(&share)?;
@@ -254,11 +271,9 @@ impl Host {
         }
         let resources = bundle.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         let cpu_shares = resources.and_then(|r| r.cpu().as_ref()).and_then(|cpu| cpu.shares());
-        let limits = cgroup::Limits { memory: Some(size.cgroup_bytes), cpu_shares };
-        match (cgroup::root(), bundle.cgroups_path()) {
-            (Some(root), Some(path)) => self.cgroups = cgroup::create(&root, path, limits)?,
-            (None, _) => tracing::warn!("no writable cgroup v2 hierarchy: the VM is not limited on the host"),
-            (_, None) => {}
+        if let Some(path) = bundle.cgroups_path() {
+            let root = cgroup::root().ok_or(CgroupError::NoHierarchy)?;
+            self.cgroups = cgroup::create(&root, path, limits(size, cpu_shares))?;
         }
         self.write_state(None)?;
         let listen = |path: PathBuf| listen_at(&path, uid).map_err(io_error("listen at", &path));
@@ -274,6 +289,18 @@ impl Host {
         if let Err(e) = self.dirs.remove() {
             tracing::error!("{}", crate::chain(&e));
         }
+    }
+}
+
+/// Limits of the VMM on the host.
+fn limits(size: Size, cpu_shares: Option<u64>) -> cgroup::Limits {
+    // The RAM and what the VMM needs are below; what is above is the page cache of the pod's disk and layers, mostly.
+    let cache = (size.cgroup_bytes - (u64::from(size.memory_mib) << 20)) / 4;
+    cgroup::Limits {
+        memory: Some(size.cgroup_bytes),
+        memory_high: Some(size.cgroup_bytes - cache),
+        tasks: Some(MAX_TASKS),
+        cpu_shares,
     }
 }
 
@@ -298,6 +325,8 @@ pub struct Pod {
     pub host: Arc<Host>,
     /// Streams that the guest may dial.
     pub hub: Arc<Hub>,
+    /// What is held against its guest.
+    pub conduct: Arc<Conduct>,
     streams: tokio::task::AbortHandle,
 }
 
@@ -330,15 +359,16 @@ impl Pod {
         };
         let rpc = listener(listeners.rpc, host.dirs.rpc_socket())?;
         let streams = listener(listeners.streams, host.dirs.stream_socket())?;
-        let vm = Vm::spawn(&programs.vmm, &vm_config).await?;
+        let conduct = Arc::new(Conduct::default());
+        let vm = Vm::spawn(&programs.vmm, &vm_config, config.idmap, conduct.clone()).await?;
         record.phase("jail", begin);
         let jailed = Instant::now();
         host.write_state(Process::find(vm.pid()))?;
         adjust_oom_score(vm.pid(), bundle);
-        let hub = Arc::new(Hub::default());
+        let hub = Arc::new(Hub::new(conduct.clone()));
         let streams = tokio::spawn(hub.clone().serve(streams)).abort_handle();
         let up = async {
-            let guest = Guest::accept(rpc).await?;
+            let guest = Guest::accept(rpc, conduct.clone()).await?;
             record.phase("boot", jailed);
             let dialled = Instant::now();
             let kernel = guest.configure(bundle.spec.hostname().as_deref().unwrap_or_default(), volumes).await?;
@@ -348,10 +378,14 @@ impl Pod {
                 status.vcpus = size.vcpus;
                 status.memory_mib = size.memory_mib;
                 status.guest_kernel = kernel;
+                status.degraded = vm.degraded();
             });
             Ok::<_, PodError>(guest)
         };
         let booted = tokio::select! {
+            biased;
+            // What the guest is condemned for also breaks the connection, and says more.
+            why = conduct.condemned() => Err(PodError::Condemned(why)),
             booted = timeout(config.boot_timeout, up) => booted.unwrap_or_else(|_| {
                 Err(PodError::Timeout { seconds: config.boot_timeout.as_secs(), words: vm.last_words() })
             }),
@@ -362,7 +396,7 @@ impl Pod {
                 tracing::info!("VMM {} of sandbox {}: guest up after {:?}", vm.pid(), env.sandbox, begin.elapsed());
                 let (sink, events) = mpsc::channel(EVENTS);
                 tokio::spawn(guest.clone().events(sink));
-                Ok((Self { vm, guest, host, hub, streams }, events))
+                Ok((Self { vm, guest, host, hub, conduct, streams }, events))
             }
             Err(e) => {
                 streams.abort();
@@ -374,12 +408,15 @@ impl Pod {
         }
     }
 
-    /// Waits for the guest, but not longer than the VM lives.
+    /// Waits for the guest, but not longer than the VM lives, or has a right to.
     ///
     /// # Errors
     /// Those of `work`, or why the VM is gone.
     pub async fn while_alive<T, E: From<PodError>>(&self, work: impl Future<Output = Result<T, E>>) -> Result<T, E> {
         tokio::select! {
+            biased;
+            // What the guest is condemned for also ends the work, and says more.
+            why = self.conduct.condemned() => Err(PodError::Condemned(why).into()),
             result = work => result,
             () = self.vm.gone() => Err(PodError::from(self.vm.why().await).into()),
         }

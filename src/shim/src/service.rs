@@ -24,6 +24,7 @@ use ttrpc::{Code, get_status};
 use crate::bootstrap;
 use crate::driver::Handle;
 use crate::guest::{GuestError, STATS_TYPE};
+use crate::pod::PodError;
 use crate::publisher::timestamp;
 use crate::sandbox::{Exit, Phase, ProcessKey, Refusal};
 use crate::stdio::Wanted;
@@ -66,6 +67,7 @@ pub fn code_of(error: &TaskError) -> Code {
             Refusal::Booting | Refusal::VmGone => Code::UNAVAILABLE,
         },
         TaskError::Bundle(_)
+        | TaskError::Annotation(_)
         | TaskError::Spec(_)
         | TaskError::Plan(_)
         | TaskError::Stdio(_)
@@ -76,7 +78,10 @@ pub fn code_of(error: &TaskError) -> Code {
             Code::NOT_FOUND | Code::ALREADY_EXISTS | Code::FAILED_PRECONDITION | Code::INVALID_ARGUMENT => *code,
             _ => Code::UNKNOWN,
         },
-        TaskError::Guest(GuestError::Timeout(_) | GuestError::Gone { .. }) | TaskError::Leaving => Code::UNAVAILABLE,
+        TaskError::Guest(GuestError::Timeout(_) | GuestError::Gone { .. })
+        | TaskError::Ended(..)
+        | TaskError::Pod(PodError::Condemned(_))
+        | TaskError::Leaving => Code::UNAVAILABLE,
         TaskError::Guest(_) | TaskError::Pod(_) | TaskError::Volume(_) | TaskError::Hook(_) => Code::UNKNOWN,
     }
 }
@@ -307,7 +312,7 @@ mod tests {
         assert_eq!(told(&TaskError::Refused(Refusal::Exists, key.clone())).0, Code::ALREADY_EXISTS);
         assert_eq!(told(&TaskError::Refused(Refusal::WrongPhase("x"), key)).0, Code::FAILED_PRECONDITION);
         let io = std::io::Error::from_raw_os_error(28);
-        let error = crate::pod::PodError::Io { what: "write", path: "/x".into(), source: io };
+        let error = PodError::Io { what: "write", path: "/x".into(), source: io };
         let (code, text) = told(&TaskError::Pod(error));
         assert_eq!((code, text.as_str()), (Code::UNKNOWN, "write /x: No space left on device (os error 28)"));
         let refused = |code| TaskError::Guest(GuestError::Refused { what: "start", code, message: "m".into() });

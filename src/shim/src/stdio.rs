@@ -329,11 +329,14 @@ where
 {
     let dialled = Arc::new(AtomicBool::new(false));
     let flag = dialled.clone();
+    let conduct = ticket.conduct();
     let task = tokio::spawn(async move {
         let Some(socket) = ticket.socket().await else { return };
         flag.store(true, Ordering::Relaxed);
-        if let Err(e) = pump(socket).await {
-            tracing::warn!("{}", crate::chain(&e));
+        match pump(socket).await {
+            Err(e) if e.is_breach() => conduct.breach(crate::chain(&e)),
+            Err(e) => tracing::warn!("{}", crate::chain(&e)),
+            Ok(()) => {}
         }
     });
     Stream { task, dialled }

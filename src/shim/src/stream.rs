@@ -9,7 +9,8 @@
 //!
 //! Invariants: the socket is read always, whatever the sink does, because a host end that is not read freezes the VM; at
 //! most one window is held per stream, and a guest that sends more than it may is cut off; an id is random, expected
-//! before the guest hears of it, and good for one connection.
+//! before the guest hears of it, and good for one connection. What breaks the protocol is held against the guest:
+//! see [`crate::conduct`].
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -25,6 +26,8 @@ use tokio::net::unix::pipe;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, Semaphore, oneshot, watch};
 use tokio::time::timeout;
+
+use crate::conduct::Conduct;
 
 /// How long a connection may take to say what it is.
 pub const PREAMBLE_DEADLINE: Duration = Duration::from_secs(10);
@@ -48,6 +51,16 @@ pub enum PumpError {
     /// A frame that this direction has no use for.
     #[error("use stream: unexpected {0:?} frame")]
     Unexpected(FrameKind),
+    /// The guest gave credit for bytes that it cannot have taken.
+    #[error("use stream: the guest gave credit for {0} bytes that it was not sent")]
+    Forged(u32),
+}
+
+impl PumpError {
+    /// What no honest guest does; a connection that breaks may happen to anybody.
+    pub fn is_breach(&self) -> bool {
+        !matches!(self, Self::Io(_))
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -59,6 +72,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[derive(Debug, Default)]
 pub struct Hub {
     expected: Mutex<HashMap<u64, oneshot::Sender<UnixStream>>>,
+    conduct: Arc<Conduct>,
 }
 
 /// The right to one connection.
@@ -75,6 +89,11 @@ impl Ticket {
         self.id
     }
 
+    /// Where misbehaviour on the connection is held against the guest.
+    pub fn conduct(&self) -> Arc<Conduct> {
+        self.hub.conduct.clone()
+    }
+
     /// The connection; `None` when the hub has been closed.
     pub async fn socket(&mut self) -> Option<UnixStream> {
         (&mut self.socket).await.ok()
@@ -88,6 +107,11 @@ impl Drop for Ticket {
 }
 
 impl Hub {
+    /// A hub that holds misbehaviour against `conduct`.
+    pub fn new(conduct: Arc<Conduct>) -> Self {
+        Self { conduct, ..Self::default() }
+    }
+
     /// Expects one connection.
     ///
     /// # Errors
@@ -126,8 +150,9 @@ impl Hub {
             };
             let hub = self.clone();
             tokio::spawn(async move {
+                // Silence, nonsense or a stream that is over: none is proof, and a thousand are.
                 if !matches!(timeout(PREAMBLE_DEADLINE, hub.admit(socket)).await, Ok(Ok(()))) {
-                    tracing::warn!("a stream of the guest was refused");
+                    hub.conduct.strike("a stream that the guest dialled was refused");
                 }
                 drop(permit);
             });
@@ -294,7 +319,10 @@ async fn grants(mut socket: impl AsyncRead + Unpin, credit: &watch::Sender<u32>)
             return Err(PumpError::Unexpected(header.kind));
         }
         let granted = socket.read_u32_le().await?;
-        credit.send_modify(|have| *have = have.saturating_add(granted));
+        // Credit is given back, so there is never more of it than there was at the start.
+        let sum = credit.borrow().checked_add(granted).filter(|sum| granted > 0 && *sum <= WINDOW);
+        let sum = sum.ok_or(PumpError::Forged(granted))?;
+        credit.send_replace(sum);
     }
     Ok(())
 }

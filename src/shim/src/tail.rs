@@ -1,16 +1,21 @@
 //! The last words of a pipe that is always read: what the VMM logs, and what the guest's console says.
 //!
-//! Nobody may ever have to wait for this reader, least of all the VMM; and what it keeps is bounded, because the guest
-//! decides how much there is.
+//! What it keeps is bounded, and so is how much it reads a second, because the guest decides how much there is and the
+//! shim's time is not the pod's. A guest that floods its console waits for it; nobody else does.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
+use tokio::time::Instant;
 
 /// Bytes that are kept.
 const KEPT: usize = 64 << 10;
+/// Bytes that are read in each [`PERIOD`] before the rest has to wait: far more than a kernel says while it boots.
+const QUOTA: usize = 1 << 20;
+const PERIOD: Duration = Duration::from_secs(1);
 
 /// The end of what came through a pipe so far.
 #[derive(Clone, Debug, Default)]
@@ -23,11 +28,19 @@ impl Tail {
         let copy = tail.clone();
         tokio::spawn(async move {
             let mut chunk = vec![0; 4096];
+            let (mut begin, mut taken) = (Instant::now(), 0);
             loop {
+                if taken >= QUOTA {
+                    tokio::time::sleep_until(begin + PERIOD).await;
+                }
+                if begin.elapsed() >= PERIOD {
+                    (begin, taken) = (Instant::now(), 0);
+                }
                 match pipe.read(&mut chunk).await {
                     Ok(0) => return,
                     Err(e) => return tracing::warn!("read {what}: {e}"),
                     Ok(n) => {
+                        taken += n;
                         copy.push(&chunk[..n]);
                         tracing::debug!("{what}: {}", printable(&chunk[..n]));
                     }
@@ -64,6 +77,25 @@ fn printable(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_flood_waits() {
+        let (writer, reader) = pipe::pipe().expect("pipe");
+        let tail = Tail::of(reader, "test");
+        let flood = async {
+            let mut written = 0;
+            loop {
+                writer.writable().await.expect("open");
+                written += writer.try_write(&[b'x'; 65536]).unwrap_or(0);
+                if written > 4 * QUOTA {
+                    return;
+                }
+            }
+        };
+        let most = Duration::from_millis(1500);
+        assert!(tokio::time::timeout(most, flood).await.is_err(), "four seconds' worth takes longer");
+        assert_eq!(tail.last(3), "xxx");
+    }
 
     #[test]
     fn keeps_the_end_and_nothing_that_draws() {

@@ -3,9 +3,11 @@
 
 use std::path::PathBuf;
 
+use nacelle_protocol::ids::ContainerId;
 use nacelle_rootfs::plan::{Mount, PlanError};
 use thiserror::Error;
 
+use crate::annotations::AnnotationError;
 use crate::bundle::BundleError;
 use crate::config::{ConfigError, Origin};
 use crate::guest::GuestError;
@@ -109,6 +111,9 @@ pub enum TaskError {
     /// containerd's directory is not in order.
     #[error(transparent)]
     Bundle(#[from] BundleError),
+    /// An annotation asks for something that is not allowed.
+    #[error(transparent)]
+    Annotation(#[from] AnnotationError),
     /// The container wants something that cannot be.
     #[error(transparent)]
     Spec(#[from] SpecError),
@@ -142,6 +147,9 @@ pub enum TaskError {
         #[source]
         source: serde_json::Error,
     },
+    /// The VM was ended because of what its guest did.
+    #[error("container {0}: the sandbox's VM was ended: {1}")]
+    Ended(ContainerId, String),
     /// The shim is on its way out.
     #[error("the shim is shutting down")]
     Leaving,

@@ -31,14 +31,20 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interes
 use tokio::net::unix::pipe;
 use tokio::time::timeout;
 
+use crate::annotations::{AnnotationError, MEMORY_MIB, UPPER_MIB, VCPUS, Wishes, refuse};
 use crate::bundle::Bundle;
-use crate::config::{Config, Programs, UIDS_PER_POD};
+use crate::conduct::Conduct;
+use crate::config::{Config, Idmap, Programs, UIDS_PER_POD};
 use crate::state::Dirs;
 use crate::tail::Tail;
 
 /// How long the VMM may take to build its jail and report.
 const START_DEADLINE: Duration = Duration::from_secs(20);
 const MIB: u64 = 1 << 20;
+/// Reports that a VMM may send once it has started: it can have been taken over by then.
+const MAX_REPORTS: usize = 64;
+/// Longest stage or message of a report that is passed on, in characters.
+const MAX_WORDS: usize = 1024;
 
 /// Why there is no VM.
 #[derive(Debug, Error)]
@@ -89,22 +95,51 @@ pub struct Size {
     pub memory_mib: u32,
     /// Limit of the pod's cgroup on the host, bytes: the RAM, and the VMM's own needs.
     pub cgroup_bytes: u64,
+    /// The writable disk, MiB.
+    pub upper_mib: u64,
 }
 
-/// Sizes the VM for its first container, or for its pod where the limits of that are known.
-pub fn size(bundle: &Bundle, config: &Config, host_cpus: usize) -> Size {
+/// Sizes the VM for its first container, or for its pod where the limits of that are known; then by annotation, which may
+/// choose within the limits and never beyond them.
+///
+/// # Errors
+/// [`AnnotationError::Value`] for a wish that goes beyond them.
+pub fn size(bundle: &Bundle, config: &Config, host_cpus: usize, wishes: &Wishes) -> Result<Size, AnnotationError> {
     let resources = bundle.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
     let memory = resources.and_then(|r| r.memory().as_ref()).and_then(|m| m.limit());
     let memory = bundle.pod.memory.or(memory.and_then(|bytes| u64::try_from(bytes).ok()));
     let needed = memory.filter(|bytes| *bytes > 0).map(|bytes| bytes.div_ceil(MIB) + u64::from(config.overhead_mib));
-    let memory_mib = needed.unwrap_or(0).clamp(config.memory_mib.into(), u64::from(u32::MAX) / 2) as u32;
+    let default_mib = needed.unwrap_or(0).clamp(config.memory_mib.into(), u64::from(u32::MAX) / 2) as u32;
+    let memory_mib = match wishes.memory_mib {
+        // The host's cgroup holds the VM to this anyway; a guest that is told of more would only be killed for using it.
+        Some(wish) if needed.is_some() && wish > default_mib => {
+            let reason = format!("the pod's memory limit makes a VM of {default_mib} MiB");
+            return Err(refuse(MEMORY_MIB, &wish.to_string(), reason));
+        }
+        Some(wish) => wish,
+        None => default_mib,
+    };
 
     let cpu = resources.and_then(|r| r.cpu().as_ref());
     let quota = bundle.pod.cpu_quota.or(cpu.and_then(|c| c.quota())).and_then(|q| u64::try_from(q).ok());
     let period = bundle.pod.cpu_period.or(cpu.and_then(|c| c.period())).filter(|p| *p > 0).unwrap_or(100_000);
     let wanted = quota.filter(|q| *q > 0).map_or(config.vcpus.into(), |quota| quota.div_ceil(period));
-    let vcpus = wanted.clamp(1, host_cpus.clamp(1, 255) as u64) as u8;
-    Size { vcpus, memory_mib, cgroup_bytes: (u64::from(memory_mib) + u64::from(config.overhead_mib)) * MIB }
+    let most = host_cpus.clamp(1, 255) as u64;
+    let vcpus = match wishes.vcpus {
+        Some(wish) if u64::from(wish) > most => {
+            return Err(refuse(VCPUS, &wish.to_string(), format!("the host has {most} CPUs")));
+        }
+        Some(wish) => wish,
+        None => wanted.clamp(1, most) as u8,
+    };
+
+    let upper_mib = wishes.upper_mib.unwrap_or(config.upper_mib);
+    if upper_mib > config.upper_mib {
+        let reason = format!("rootfs.upper_mib in nacelle's configuration is {}", config.upper_mib);
+        return Err(refuse(UPPER_MIB, &upper_mib.to_string(), reason));
+    }
+    let cgroup_bytes = (u64::from(memory_mib) + u64::from(config.overhead_mib)) * MIB;
+    Ok(Size { vcpus, memory_mib, cgroup_bytes, upper_mib })
 }
 
 /// What of the host belongs to the VMM.
@@ -167,6 +202,7 @@ pub struct Vm {
     log: Tail,
     console: Tail,
     failure: Arc<Mutex<Option<(String, String)>>>,
+    degraded: Arc<Mutex<Vec<String>>>,
 }
 
 fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
@@ -174,11 +210,17 @@ fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
 }
 
 impl Vm {
-    /// Starts the VMM and waits until it is in its jail. The guest boots meanwhile.
+    /// Starts the VMM and waits until it is in its jail. The guest boots meanwhile. What it says from then on is a claim,
+    /// and too much of it is held against it.
     ///
     /// # Errors
     /// [`VmError`]; no process is left.
-    pub async fn spawn(program: &Path, config: &VmConfig) -> Result<Self, VmError> {
+    pub async fn spawn(
+        program: &Path,
+        config: &VmConfig,
+        idmap: Idmap,
+        conduct: Arc<Conduct>,
+    ) -> Result<Self, VmError> {
         let failed = |source| VmError::Spawn { path: program.to_owned(), source };
         let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(|e| failed(e.into()));
         let (log, log_write) = pipe()?;
@@ -217,19 +259,23 @@ impl Vm {
             // A VMM that dies at once leaves its reason in the report.
             let _ = sender.write_all(&json).await;
             drop(sender);
+            let mut degraded = Vec::new();
             let pid = loop {
                 match next_report(&mut reports).await? {
                     Some(Report::Started { pid }) => break pid,
-                    Some(Report::Degraded { stage, message }) => tracing::warn!("VMM: {stage}: {message}"),
+                    Some(Report::Degraded { stage, message }) if idmap.refuses(&stage) => {
+                        return Err(VmError::Failed { stage, message });
+                    }
+                    Some(Report::Degraded { stage, message }) => note(&mut degraded, &stage, &message),
                     Some(Report::Failed { stage, message, .. }) => return Err(VmError::Failed { stage, message }),
                     None => return Err(VmError::Gone(log.last(512))),
                 }
             };
             // The VMM proper becomes the shim's child when its parent, this one, has exited.
             first.wait().await.map_err(io_error("wait for VMM's first process"))?;
-            Ok(pid)
+            Ok((pid, degraded))
         };
-        let pid = timeout(START_DEADLINE, start).await.map_err(|_| VmError::Timeout)??;
+        let (pid, degraded) = timeout(START_DEADLINE, start).await.map_err(|_| VmError::Timeout)??;
         let raw = Pid::from_raw(pid.cast_signed()).ok_or_else(|| VmError::Gone("pid 0".into()))?;
         // Nobody but this process reaps it, so the number is still its own.
         let pidfd = pidfd_open(raw, PidfdFlags::NONBLOCK).map_err(|e| io_error("open VMM's pidfd")(e.into()))?;
@@ -239,13 +285,20 @@ impl Vm {
         )]
         let pidfd = AsyncFd::with_interest(pidfd, Interest::READABLE).map_err(io_error("watch VMM"))?;
         let failure = Arc::new(Mutex::new(None));
-        tokio::spawn(remember_failure(reports, failure.clone()));
-        Ok(Self { pid, pidfd, _lifeline: lifeline, log, console, failure })
+        let degraded = Arc::new(Mutex::new(degraded));
+        tokio::spawn(listen(reports, failure.clone(), degraded.clone(), conduct));
+        Ok(Self { pid, pidfd, _lifeline: lifeline, log, console, failure, degraded })
     }
 
     /// Process id of the VMM in the shim's namespace; it lives in the sandbox's network namespace.
     pub fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// What of its jail is weaker than it could be, as far as it has said so. The jail's last steps may follow its start by
+    /// some milliseconds.
+    pub fn degraded(&self) -> Vec<String> {
+        self.degraded.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Kills it. Gone already is fine.
@@ -286,18 +339,39 @@ async fn next_report(reports: &mut BufReader<pipe::Receiver>) -> Result<Option<R
     if line.is_empty() { Ok(None) } else { serde_json::from_slice(&line).map(Some).map_err(VmError::Report) }
 }
 
-async fn remember_failure(mut reports: BufReader<pipe::Receiver>, failure: Arc<Mutex<Option<(String, String)>>>) {
-    loop {
+/// Hears what the VMM says once it has started.
+async fn listen(
+    mut reports: BufReader<pipe::Receiver>,
+    failure: Arc<Mutex<Option<(String, String)>>>,
+    degraded: Arc<Mutex<Vec<String>>>,
+    conduct: Arc<Conduct>,
+) {
+    for _ in 0..MAX_REPORTS {
         match next_report(&mut reports).await {
             Ok(Some(Report::Failed { stage, message, .. })) => {
-                *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some((stage, message));
+                *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some((short(&stage), short(&message)));
             }
-            Ok(Some(Report::Degraded { stage, message })) => tracing::warn!("VMM: {stage}: {message}"),
+            Ok(Some(Report::Degraded { stage, message })) => {
+                note(&mut degraded.lock().unwrap_or_else(PoisonError::into_inner), &stage, &message);
+            }
             Ok(Some(Report::Started { .. })) => {}
             Ok(None) => return,
-            Err(e) => return tracing::warn!("{}", crate::chain(&e)),
+            Err(e) => return conduct.breach(crate::chain(&e)),
         }
     }
+    conduct.breach(format!("the VMM sends more than {MAX_REPORTS} reports"));
+}
+
+/// Says and remembers that something is weaker than it could be.
+fn note(degraded: &mut Vec<String>, stage: &str, message: &str) {
+    let words = format!("{}: {}", short(stage), short(message));
+    tracing::warn!("VMM: {words}");
+    degraded.push(words);
+}
+
+/// Fit for one line of a log.
+fn short(words: &str) -> String {
+    words.chars().take(MAX_WORDS).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 #[cfg(test)]
@@ -313,17 +387,25 @@ mod tests {
         Bundle::parse(Path::new("/b"), json.to_string().as_bytes()).expect("bundle")
     }
 
-    fn sized(resources: serde_json::Value, annotations: serde_json::Value) -> Size {
+    fn wished(
+        resources: serde_json::Value,
+        annotations: serde_json::Value,
+        wishes: &Wishes,
+    ) -> Result<Size, AnnotationError> {
         let config = Origin { body: Some(String::new()), path: None }.load().expect("defaults");
         let linux = serde_json::json!({ "namespaces": [{ "type": "network" }], "resources": resources });
-        size(&bundle(linux, annotations), &config, 4)
+        size(&bundle(linux, annotations), &config, 4, wishes)
+    }
+
+    fn sized(resources: serde_json::Value, annotations: serde_json::Value) -> Size {
+        wished(resources, annotations, &Wishes::default()).expect("no wishes")
     }
 
     #[test]
     fn sizes() {
         let none = serde_json::json!({});
         let default = sized(none.clone(), none.clone());
-        assert_eq!(default, Size { vcpus: 1, memory_mib: 512, cgroup_bytes: 640 << 20 });
+        assert_eq!(default, Size { vcpus: 1, memory_mib: 512, cgroup_bytes: 640 << 20, upper_mib: 10240 });
         let small = sized(serde_json::json!({ "memory": { "limit": 64 << 20 } }), none.clone());
         assert_eq!(small.memory_mib, 512, "never less than the minimum");
         let large = sized(serde_json::json!({ "memory": { "limit": (1u64 << 30) + 1 } }), none.clone());
@@ -343,6 +425,25 @@ mod tests {
         assert_eq!((pod.vcpus, pod.memory_mib), (3, 2048 + 128), "the pod's limits win");
     }
 
+    #[test]
+    fn wishes_choose_within_the_limits() {
+        let none = || serde_json::json!({});
+        let limited = || serde_json::json!({ "memory": { "limit": 1u64 << 30 } });
+        let wish = |resources, wishes| wished(resources, none(), &wishes);
+        let memory = |mib| Wishes { memory_mib: Some(mib), ..Wishes::default() };
+        let free = wish(none(), memory(4096)).expect("no limit");
+        assert_eq!((free.memory_mib, free.cgroup_bytes), (4096, (4096 + 128) << 20));
+        assert_eq!(wish(limited(), memory(256)).expect("less").memory_mib, 256);
+        let text = wish(limited(), memory(2048)).expect_err("beyond the limit").to_string();
+        assert!(text.contains("io.nacelle.memory_mib = \"2048\"") && text.contains("1152 MiB"), "{text}");
+        let cpus = |vcpus| Wishes { vcpus: Some(vcpus), ..Wishes::default() };
+        assert_eq!(wish(none(), cpus(4)).expect("as many as the host has").vcpus, 4);
+        assert!(wish(none(), cpus(5)).is_err());
+        let disk = |mib| Wishes { upper_mib: Some(mib), ..Wishes::default() };
+        assert_eq!(wish(none(), disk(64)).expect("smaller").upper_mib, 64);
+        assert!(wish(none(), disk(10241)).is_err(), "a pod cannot take more of the host's disk than it is given");
+    }
+
     /// A VMM made of a shell script, with the descriptors of the real one.
     async fn spawn_script(script: &str) -> Result<Vm, VmError> {
         use std::os::unix::fs::PermissionsExt;
@@ -354,9 +455,9 @@ mod tests {
         let programs = Programs { vmm: path.clone(), agent: "/a".into(), kernel: "/k".into() };
         let sandbox = SandboxId::new("s1").expect("id");
         let dirs = Dirs::new(dir.path(), dir.path(), &sandbox, &sandbox);
-        let size = Size { vcpus: 1, memory_mib: 128, cgroup_bytes: 0 };
+        let size = Size { vcpus: 1, memory_mib: 128, cgroup_bytes: 0, upper_mib: 64 };
         let config = plan(&sandbox, size, &config, &programs, &dirs, nowhere());
-        Vm::spawn(&path, &config).await
+        Vm::spawn(&path, &config, Idmap::Require, Arc::default()).await
     }
 
     #[tokio::test]
@@ -379,12 +480,15 @@ mod tests {
         let failed = r#"echo '{"report":"failed","stage":"jail","errno":1,"message":"pivot root: no"}' >&4; exit 1"#;
         let error = spawn_script(failed).await.expect_err("fails");
         assert_eq!(error.to_string(), "start VM: jail: pivot root: no");
+        let unmapped = r#"echo '{"report":"degraded","stage":"map ids","message":"/nfs: no"}' >&4; sleep 1; exit 1"#;
+        let error = spawn_script(unmapped).await.expect_err("mapped ids are required here");
+        assert_eq!(error.to_string(), "start VM: map ids: /nfs: no");
         let error = spawn_script("echo oops >&2; exec 4>&-; sleep 0.1; exit 3").await.expect_err("fails").to_string();
         assert!(error.contains("last words"), "{error}");
         let error = spawn_script("echo nonsense >&4").await.expect_err("fails");
         assert!(matches!(error, VmError::Report(_)));
         let config = dummy();
-        let missing = Vm::spawn(Path::new("/nonexistent"), &config);
+        let missing = Vm::spawn(Path::new("/nonexistent"), &config, Idmap::BestEffort, Arc::default());
         assert!(matches!(missing.await, Err(VmError::Spawn { .. })));
     }
 
@@ -397,7 +501,7 @@ mod tests {
         let config = Origin { body: Some(String::new()), path: None }.load().expect("defaults");
         let programs = Programs { vmm: "/v".into(), agent: "/a".into(), kernel: "/k".into() };
         let dirs = Dirs::new(Path::new("/r"), Path::new("/d"), &sandbox, &sandbox);
-        let size = Size { vcpus: 1, memory_mib: 128, cgroup_bytes: 0 };
+        let size = Size { vcpus: 1, memory_mib: 128, cgroup_bytes: 0, upper_mib: 64 };
         plan(&sandbox, size, &config, &programs, &dirs, nowhere())
     }
 }

@@ -27,6 +27,7 @@ use rustix::mount::{
 };
 use thiserror::Error;
 
+use crate::config::Idmap;
 use crate::spec::Volume;
 
 /// Why a volume is not there.
@@ -115,11 +116,17 @@ pub fn bind(share: &Path, volume: &Volume) -> Result<(), VolumeError> {
 }
 
 /// Puts volumes into the share of a VMM that runs. `program` is the VMM's, which can map their ids; `vmm` its process.
-/// Blocks.
+/// Blocks. Returns what is weaker than it could be, one sentence each.
 ///
 /// # Errors
 /// [`VolumeError`]; nothing is left behind.
-pub fn bind_later(program: &Path, vmm: u32, share: &Path, volumes: &[Volume]) -> Result<(), VolumeError> {
+pub fn bind_later(
+    program: &Path,
+    vmm: u32,
+    share: &Path,
+    volumes: &[Volume],
+    idmap: Idmap,
+) -> Result<Vec<String>, VolumeError> {
     let result = volumes.iter().try_fold(Vec::new(), |mut args: Vec<OsString>, volume| {
         let entry = place(share, volume)?;
         let access = if volume.read_only { "ro" } else { "rw" };
@@ -127,27 +134,35 @@ pub fn bind_later(program: &Path, vmm: u32, share: &Path, volumes: &[Volume]) ->
         args.extend([volume.source.clone().into(), entry.into(), options.into()]);
         Ok(args)
     });
-    let result = result.and_then(|args| if args.is_empty() { Ok(()) } else { run_bind(program, vmm, args) });
+    let result =
+        result.and_then(|args| if args.is_empty() { Ok(Vec::new()) } else { run_bind(program, vmm, args, idmap) });
     if result.is_err() {
         volumes.iter().for_each(|volume| unbind(share, &volume.name));
     }
     result
 }
 
-fn run_bind(program: &Path, vmm: u32, args: Vec<OsString>) -> Result<(), VolumeError> {
+fn run_bind(program: &Path, vmm: u32, args: Vec<OsString>, idmap: Idmap) -> Result<Vec<String>, VolumeError> {
     let failed = |source| VolumeError::Mount { what: "run", path: program.to_owned(), source };
     let mut command = Command::new(program);
     command.arg("bind").arg(vmm.to_string()).args(args).env_clear().current_dir("/").stdin(Stdio::null());
     let output = command.output().map_err(failed)?;
     let mut failure = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    let mut degraded = Vec::new();
     for line in output.stdout.split(|byte| *byte == b'\n') {
         match serde_json::from_slice(line) {
             Ok(Report::Failed { message, .. }) => failure = message,
-            Ok(Report::Degraded { stage, message }) => tracing::warn!("volumes: {stage}: {message}"),
+            Ok(Report::Degraded { stage, message }) if idmap.refuses(&stage) => {
+                return Err(VolumeError::Refused(message));
+            }
+            Ok(Report::Degraded { stage, message }) => {
+                tracing::warn!("volumes: {stage}: {message}");
+                degraded.push(format!("{stage}: {message}"));
+            }
             Ok(Report::Started { .. }) | Err(_) => {}
         }
     }
-    if output.status.success() { Ok(()) } else { Err(VolumeError::Refused(failure)) }
+    if output.status.success() { Ok(degraded) } else { Err(VolumeError::Refused(failure)) }
 }
 
 /// Flags of a mount that a remount would otherwise take away.

@@ -155,7 +155,7 @@ impl Events for Inbox {
 }
 
 /// A shim without containerd, and everything that it needs of the host.
-struct World {
+pub(super) struct World {
     root: tempfile::TempDir,
     agent: Arc<Agent>,
     inbox: Inbox,
@@ -167,6 +167,21 @@ struct World {
 
 impl World {
     async fn new() -> Self {
+        let agent = Arc::new(Mutex::new(None));
+        let slot = agent.clone();
+        let mut world = Self::with("", move |run| {
+            let agent = Arc::new(Agent { run, ..Agent::default() });
+            tokio::spawn(play(agent.clone()));
+            *slot.lock().expect("lock") = Some(agent);
+        })
+        .await;
+        world.agent = agent.lock().expect("lock").take().expect("an agent");
+        world
+    }
+
+    /// A shim with these lines in the table `vm` of its configuration. `guest` is given the sandbox's directory, and plays
+    /// the guest from then on; its sockets appear when a container is created.
+    pub(super) async fn with(vm: &str, guest: impl FnOnce(PathBuf)) -> Self {
         rustix::process::set_child_subreaper(Some(rustix::process::getpid())).expect("subreaper");
         let root = tempfile::tempdir().expect("tempdir");
         let path = |name: &str| root.path().join(name);
@@ -175,7 +190,7 @@ impl World {
         std::fs::write(path("vmm"), vmm).expect("write");
         std::fs::set_permissions(path("vmm"), std::fs::Permissions::from_mode(0o755)).expect("chmod");
         let config = format!(
-            "[vm]\nkernel = \"/proc/self/exe\"\nvmm = {vmm:?}\nagent = \"/proc/self/exe\"\n\
+            "[vm]\n{vm}kernel = \"/proc/self/exe\"\nvmm = {vmm:?}\nagent = \"/proc/self/exe\"\n\
              [rootfs]\ndir = {data:?}\nupper_mib = 64\n",
             vmm = path("vmm"),
             data = path("data"),
@@ -200,20 +215,20 @@ impl World {
             socket: path("socket"),
             origin: Origin { path: None, body: Some(config) },
         };
-        let agent = Arc::new(Agent { run: path("run/ns/c1"), ..Agent::default() });
-        tokio::spawn(play(agent.clone()));
+        guest(path("run/ns/c1"));
         let (driver, handle, terminate) = Driver::new(env, Publisher::new("ns", &address));
         let driver = tokio::spawn(driver.run());
+        let agent = Arc::default();
         Self { agent, inbox, handle, driver, _terminate: terminate, _events: events, root }
     }
 
-    async fn call(&self, id: &str, exec: Option<&str>, call: Call) -> Result<Reply, TaskError> {
+    pub(super) async fn call(&self, id: &str, exec: Option<&str>, call: Call) -> Result<Reply, TaskError> {
         let exec = exec.map(|e| ExecId::new(e).expect("id"));
         let key = ProcessKey { container: ContainerId::new(id).expect("id"), exec };
         timeout(PATIENCE, self.handle.call(key, call)).await.expect("an answer")
     }
 
-    fn create(&self, args: &str, stdout: &Path) -> Call {
+    pub(super) fn create(&self, args: &str, stdout: &Path) -> Call {
         let config = serde_json::json!({
             "ociVersion": "1.1.0",
             "process": { "user": { "uid": 0, "gid": 0 }, "cwd": "/", "args": [args] },
@@ -232,7 +247,7 @@ impl World {
         Call::Create(Create { bundle, rootfs: vec![rootfs], io, origin: None })
     }
 
-    fn log(&self) -> PathBuf {
+    pub(super) fn log(&self) -> PathBuf {
         self.root.path().join("out.log")
     }
 
@@ -244,14 +259,14 @@ impl World {
         pid
     }
 
-    fn wait(&self, id: &str, exec: Option<&str>) -> impl Future<Output = Result<Reply, TaskError>> + use<> {
+    pub(super) fn wait(&self, id: &str, exec: Option<&str>) -> impl Future<Output = Result<Reply, TaskError>> + use<> {
         let exec = exec.map(|e| ExecId::new(e).expect("id"));
         let key = ProcessKey { container: ContainerId::new(id).expect("id"), exec };
         let handle = self.handle.clone();
         async move { timeout(PATIENCE, handle.call(key, Call::Wait)).await.expect("an exit") }
     }
 
-    async fn gone(&self) {
+    pub(super) async fn gone(&self) {
         let left = || ["run/ns/c1", "data/pods/ns/c1"].iter().any(|dir| self.root.path().join(dir).exists());
         timeout(PATIENCE, async {
             while left() {
@@ -263,7 +278,7 @@ impl World {
     }
 
     /// Leaves in good order, and says what containerd has heard.
-    async fn leave(self) -> Vec<String> {
+    pub(super) async fn leave(self) -> Vec<String> {
         let key = ProcessKey { container: ContainerId::new("c1").expect("id"), exec: None };
         let answer = tokio::spawn(async move { self.handle.call(key, Call::Shutdown).await });
         let (publisher, reply) = timeout(PATIENCE, self.driver).await.expect("ends").expect("join");
@@ -272,6 +287,13 @@ impl World {
         answer.await.expect("join").expect("an answer");
         self.inbox.0.lock().expect("lock").clone()
     }
+}
+
+/// Why the VM of a world was ended, as the next caller is told.
+pub(super) async fn dead_end(world: &World) -> String {
+    let error = world.call("c2", None, world.create("sh", &world.log())).await.expect_err("there is no VM");
+    assert_eq!(code_of(&error), ttrpc::Code::UNAVAILABLE);
+    crate::chain(&error)
 }
 
 /// The agent: dials as soon as there is somebody to dial, and serves.
