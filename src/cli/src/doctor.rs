@@ -2,6 +2,8 @@
 
 use std::{fs, io, path::Path};
 
+mod jail;
+
 use rustix::fs::{Mode, OFlags};
 use serde::Serialize;
 
@@ -48,7 +50,14 @@ pub fn run(json: bool, out: &mut impl io::Write) -> anyhow::Result<bool> {
         cpu(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()),
         kernel(&rustix::system::uname().release().to_string_lossy()),
         landlock(fs::read_to_string("/sys/kernel/security/lsm").ok().as_deref()),
-        cgroups(),
+        jail::cgroups(fs::read_to_string("/sys/fs/cgroup/cgroup.controllers")),
+        jail::user_namespaces(fs::read_to_string("/proc/sys/user/max_user_namespaces").ok().as_deref()),
+        jail::ids(&jail::subuid()),
+        jail::idmapped_mounts(),
+        jail::apparmor(
+            fs::read_to_string("/sys/module/apparmor/parameters/enabled").ok().as_deref(),
+            fs::read_to_string("/sys/kernel/security/apparmor/profiles").ok().as_deref(),
+        ),
         guest_kernel(),
         helpers(),
         containerd(),
@@ -63,9 +72,9 @@ pub fn run(json: bool, out: &mut impl io::Write) -> anyhow::Result<bool> {
                 Verdict::Warn => "warn",
                 Verdict::Fail => "FAIL",
             };
-            writeln!(out, "{mark}  {:<14} {}", c.name, c.found)?;
+            writeln!(out, "{mark}  {:<16} {}", c.name, c.found)?;
             if !c.remedy.is_empty() {
-                writeln!(out, "      {:<14} → {}", "", c.remedy)?;
+                writeln!(out, "      {:<16} → {}", "", c.remedy)?;
             }
         }
     }
@@ -130,20 +139,6 @@ fn landlock(modules: Option<&str>) -> Check {
             "no list of security modules at /sys/kernel/security/lsm",
             "mount securityfs on /sys/kernel/security to find out",
         ),
-    }
-}
-
-fn cgroups() -> Check {
-    const NAME: &str = "cgroups";
-    if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
-        Check::ok(NAME, "version 2 at /sys/fs/cgroup")
-    } else {
-        Check::new(
-            NAME,
-            Verdict::Warn,
-            "no cgroup version 2 at /sys/fs/cgroup: VMMs run outside their pod's limits on the host",
-            "boot with systemd.unified_cgroup_hierarchy=1",
-        )
     }
 }
 
@@ -226,7 +221,18 @@ mod tests {
         let mut out = Vec::new();
         run(false, &mut out).unwrap();
         let text = String::from_utf8(out).unwrap();
-        for name in ["kvm", "cpu", "kernel", "cgroups", "guest kernel", "helpers", "shim"] {
+        for name in [
+            "kvm",
+            "cpu",
+            "kernel",
+            "cgroups",
+            "user namespaces",
+            "idmapped mounts",
+            "apparmor",
+            "guest kernel",
+            "helpers",
+            "shim",
+        ] {
             assert!(text.contains(name), "{text}");
         }
     }

@@ -7,6 +7,7 @@
 mod build;
 mod doctor;
 mod image;
+mod jail;
 mod layer;
 mod patch;
 mod progress;
@@ -45,6 +46,11 @@ enum Command {
         #[arg(long, default_value = "/run/nacelle")]
         run_dir: PathBuf,
     },
+    /// See what the VMMs of this node may reach
+    Jail {
+        #[command(subcommand)]
+        command: jail::Command,
+    },
     /// Look after the layer cache; make and look into layer images
     Layer {
         #[command(subcommand)]
@@ -71,6 +77,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Doctor { json } => doctor::run(json, &mut io::stdout().lock()),
+        Command::Jail { command } => jail::run(&command, &mut io::stdout().lock()),
         Command::Layer { command, data_dir } => layer::run(command, &data_dir, &mut io::stdout().lock()),
         Command::Patch { command } => patch::run(&command, &mut io::stdout().lock()).map(|()| true),
         Command::Upper { command, data_dir } => {

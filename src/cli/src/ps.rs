@@ -65,7 +65,7 @@ fn details(s: &Status, out: &mut impl io::Write) -> io::Result<()> {
 }
 
 /// Every readable status file. A sandbox that ends while we look is not an error.
-fn read_all(run_dir: &Path) -> anyhow::Result<Vec<Status>> {
+pub fn read_all(run_dir: &Path) -> anyhow::Result<Vec<Status>> {
     let mut found = Vec::new();
     for namespace in directories(run_dir)? {
         for sandbox in directories(&namespace)? {

@@ -245,6 +245,18 @@ pub fn bind(vmm: u32, volume: &Volume<'_>) -> Result<(), JailError> {
     }
 }
 
+/// Tries to map ids on the mount of a directory, and leaves nothing behind.
+///
+/// # Errors
+/// [`JailError`] with the step that failed. A file system that cannot map ids is reported as [`Report::Degraded`].
+pub fn try_map(directory: &Path) -> Result<(), JailError> {
+    // Any range but the host's own will do.
+    const IDS: u32 = 65_536;
+    let users = user_namespace(IDS, IDS)?;
+    let source = Source::open(directory)?;
+    Graft { users: users.as_fd(), range: 0..0, ids: Ids::Mapped, read_only: true }.try_one(&source)
+}
+
 /// Leaves the process at once: no destructors, no handlers, whatever other threads hold.
 pub fn exit(status: i32) -> ! {
     // SAFETY: _exit ends the process; there is nothing that it could leave undone that the kernel does not do.

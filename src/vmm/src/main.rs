@@ -3,6 +3,7 @@
 //! ```text
 //!  nacelle-vmm                                      the machine; descriptors 2 to 6 are given
 //!  nacelle-vmm bind PID [SOURCE TARGET OPTIONS]...  mounts volumes for a machine that runs, ids mapped
+//!  nacelle-vmm idmap [DIRECTORY]...                 tries to map ids there, and reports where that is not possible
 //!  nacelle-vmm --version
 //! ```
 //!
@@ -25,7 +26,7 @@ use nacelle_protocol::GENERATION;
 #[cfg(doc)]
 use nacelle_protocol::vm::Report;
 use nacelle_protocol::vm::{MAX_JSON, VmConfig};
-use nacelle_vmm::jail::{self, Descriptors, Volume};
+use nacelle_vmm::jail::{self, Descriptors, JailError, Volume};
 use nacelle_vmm::krun::{Agent, Vm};
 use nacelle_vmm::plan::{Plan, PlanError};
 use nacelle_vmm::{kernel, log, report};
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
         [command, pid, volumes @ ..] if command == "bind" => return bind(pid, volumes),
+        [command, places @ ..] if command == "idmap" => return idmap(places),
         _ => return usage("it takes no such arguments"),
     }
     let Descriptors { config, report, lifeline, console } = match Descriptors::inherited() {
@@ -78,9 +80,19 @@ fn bind(pid: &OsStr, volumes: &[OsString]) -> ExitCode {
         let (source, target) = (Path::new(source), Path::new(target));
         parsed.push(Volume { source, target, recursive: rest.is_some(), read_only: access == "ro" });
     }
+    told(|| parsed.iter().try_for_each(|volume| jail::bind(pid, volume)))
+}
+
+/// Tries to map ids on the mounts of these directories.
+fn idmap(places: &[OsString]) -> ExitCode {
+    told(|| places.iter().try_for_each(|place| jail::try_map(Path::new(place))))
+}
+
+/// Does something and reports on standard output.
+fn told(work: impl FnOnce() -> Result<(), JailError>) -> ExitCode {
     let Ok(pipe) = std::io::stdout().as_fd().try_clone_to_owned() else { return usage("standard output is closed") };
     report::init(pipe.into(), jail::exit);
-    match parsed.iter().try_for_each(|volume| jail::bind(pid, volume)) {
+    match work() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             report::send(&report::failed(error.stage, &error));

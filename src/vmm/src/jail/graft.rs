@@ -77,6 +77,11 @@ impl Graft<'_> {
             .map_err(at(STAGE, format!("mount {} on {}", source.name.display(), target.display())))
     }
 
+    /// Makes a copy of `source` and lets it go again.
+    pub fn try_one(&self, source: &Source<'_>) -> Result<(), JailError> {
+        self.copy(&source.place, source.name, self.ids == Ids::Mapped).map(drop)
+    }
+
     /// Puts a copy of the directory `source` on `target`, and one of every mount below in its place.
     pub fn all(&self, source: &Source<'_>, target: &Path) -> Result<(), JailError> {
         let path = fs::canonicalize(source.name).map_err(at(STAGE, format!("resolve {}", source.name.display())))?;

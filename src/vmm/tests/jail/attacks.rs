@@ -79,6 +79,8 @@ pub const CASES: &[Case] = &[
         Tries(&["write", "/share/layers/a.erofs", "x"], Error(libc::EROFS))),
     Case("D9 read_only_grant_by_landlock", &[Without(Attributes), USER], Landlock, plain,
         Tries(&["write", "/share/layers/a.erofs", "x"], Error(libc::EACCES))),
+    // The program is not in the root, but the kernel knows it.
+    Case("D24 own_program", &[], Landlock, plain, Tries(&["open", "/proc/self/exe", "1"], Error(libc::EACCES))),
     Case("D9 listing", &[], Landlock, plain, Tries(&["list", "/"], Error(libc::EACCES))),
     Case("D13 new_entry_in_the_root", &[Landlock, USER], Without(Seal), plain,
         Tries(&["make-directory", "/x"], Error(libc::EROFS))),
