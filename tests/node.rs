@@ -244,6 +244,12 @@ impl Node {
         tail(&String::from_utf8_lossy(log.get(length..).unwrap_or_default()), 60)
     }
 
+    /// Whether `text` was logged since then, by containerd or by a shim.
+    pub fn logged_since(&self, length: usize, text: &str) -> bool {
+        let log = fs::read(self.log()).unwrap_or_default();
+        String::from_utf8_lossy(log.get(length..).unwrap_or_default()).contains(text)
+    }
+
     /// Adds lines such as `vm.vcpus = 2` to nacelle's configuration, for as long as the value lives.
     pub fn configure(&self, lines: &str) -> Configured<'_> {
         self.write_configuration(&self.path("nacelle"), lines);

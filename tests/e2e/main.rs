@@ -13,6 +13,8 @@ mod contract;
 mod crash;
 mod events;
 mod hooks;
+mod hostile;
+mod jail;
 mod lifecycle;
 mod load;
 mod network;
@@ -64,6 +66,8 @@ const THEMES: &[(&str, &[Case])] = &[
     ("contract", contract::CASES),
     ("bad_input", bad_input::CASES),
     ("crash", crash::CASES),
+    ("hostile", hostile::CASES),
+    ("jail", jail::CASES),
     ("network", network::CASES),
     ("load", load::CASES),
 ];

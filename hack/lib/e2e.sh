@@ -1,0 +1,16 @@
+# shellcheck shell=bash
+# What the end-to-end tests take into the testbed. Source after common.sh and apt.sh.
+
+# e2e_payload DIR: the tests' program, the program of guests that misbehave, and the images that the tests import.
+e2e_payload() {
+    local dir=$1 program image
+    program=$(cargo test --package nacelle-tests --test e2e --no-run --message-format=json |
+        python3 -c 'import json, sys; print([e for e in map(json.loads, sys.stdin) if e.get("executable")][-1]["executable"])') || return
+    strip -o "$dir/e2e" "$program" || return
+    cargo build --quiet --package hostile-guest || return
+    strip -o "$dir/hostile-guest" "$(dirname "$(dirname "$program")")/hostile-guest" || return
+    mkdir "$dir/images" || return
+    for image in busybox layers-30 layers-100 debian-python; do
+        cp --reflink=auto "$("$HACK/images" "$image")" "$dir/images/" || return
+    done
+}
