@@ -16,7 +16,7 @@ class Bare:
 
     def __init__(self, payload, vcpus=1, memory_mib=128):
         kernel = "/usr/local/share/nacelle/vmlinux"
-        self.argv = [f"{payload}/bare_libkrun", kernel, f"{payload}/hello", str(vcpus), str(memory_mib)]
+        self.argv = [f"{payload}/bare_libkrun", kernel, f"{payload}/hello.erofs", str(vcpus), str(memory_mib)]
 
     def boot(self):
         """Mi from spawn to main, to krun_start_enter, to the first byte, to the end; each from the one before."""

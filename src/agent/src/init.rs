@@ -1,44 +1,27 @@
 //! The first steps of PID 1, before there is a runtime, and the last ones. Plain code, top to bottom.
 //!
 //! ```text
-//!  kernel ─► /init.krun ── switch_root ──► /run/nacelle/agent ── boot ──► serve … ─► reset
+//!  kernel ─► /agent ── boot ──► serve … ─► reset
 //! ```
 //!
-//! The kernel starts the agent out of a virtual file system that can hold nothing but mount points, and that reads the
-//! agent from the host again whenever it is opened. libcontainer pivots out of the agent's root, so that has to become a
-//! file system of its own: a tmpfs, with a copy of the agent, which is executed for every container and every exec, and
-//! by PID 1 itself, so that the guest holds it once.
+//! The kernel starts the agent out of a read-only image on a disk, which holds it and mount points. It is executed again for
+//! every container and every exec, and the guest has only those of its pages in memory that were ever needed, and once.
 
-use std::convert::Infallible;
-use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::process::CommandExt;
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use nacelle_protocol::agent::CONTAINERS_DIR;
-use rustix::fs::{Mode, OFlags};
-use rustix::io::Errno;
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::mount::{MountFlags, mount, mount_remount};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
-use rustix::process::{Resource, Rlimit, pivot_root, setrlimit};
+use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::system::{RebootCommand, reboot, sethostname};
 use thiserror::Error;
 
 use crate::cgroup::{self, CgroupError};
 
-/// Mount point in the virtual root that becomes the root.
-const NEW_ROOT: &str = "/newroot";
-
-/// Copy of the agent.
-pub const PROGRAM: &str = "/run/nacelle/agent";
-
-/// `argv[0]` of PID 1 in its second stage.
-pub const NAME: &str = "nacelle-agent";
-
-/// Bytes of one request: 256 pages, the most that libkrun's virtiofs takes.
-const COPY_SIZE: usize = 1 << 20;
+/// The agent in the guest's root: [`nacelle_protocol::vm::AGENT_NAME`].
+pub const PROGRAM: &str = "/agent";
 
 const SAFE: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
 const INERT: MountFlags = SAFE.union(MountFlags::NOEXEC);
@@ -68,9 +51,9 @@ pub enum InitError {
     /// A file or directory.
     #[error("create {0}")]
     Create(PathBuf, #[source] io::Error),
-    /// The new root.
-    #[error("switch root")]
-    Root(#[source] io::Error),
+    /// Options of a mount.
+    #[error("read options of {0}")]
+    Options(&'static str, #[source] std::ffi::NulError),
     /// The cgroups.
     #[error("delegate cgroup controllers")]
     Cgroup(#[source] CgroupError),
@@ -82,52 +65,16 @@ pub enum InitError {
     Set(&'static str, #[source] io::Error),
 }
 
-/// First stage: makes a tmpfs the root, and goes on there as the agent's copy.
-///
-/// # Errors
-/// [`InitError`]: the machine is of no use then.
-pub fn switch_root() -> Result<Infallible, InitError> {
-    let new_root = Path::new(NEW_ROOT);
-    attach("tmpfs", new_root, SAFE, "mode=0755,nr_inodes=0")?;
-    for directory in ["dev", "proc", "sys", "run/nacelle", "tmp"] {
-        let path = new_root.join(directory);
-        fs::create_dir_all(&path).map_err(|error| InitError::Create(path, error))?;
-    }
-    attach("proc", &new_root.join("proc"), INERT, "")?;
-    let copy = new_root.join(PROGRAM.trim_start_matches('/'));
-    copy_program(&new_root.join("proc/self/exe"), &copy).map_err(|error| InitError::Create(copy, error))?;
-    enter(new_root).map_err(InitError::Root)?;
-    // Nothing holds the virtual root after this, and what the kernel has cached of it is free again.
-    Err(InitError::Root(Command::new(PROGRAM).arg0(NAME).exec()))
-}
-
-/// Past the page cache, and in the largest requests that virtiofs has: this is a good part of the way from the kernel's
-/// start to the first request.
-fn copy_program(from: &Path, to: &Path) -> io::Result<()> {
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-    let from = match rustix::fs::open(from, flags | OFlags::DIRECT, Mode::empty()) {
-        // Wherever this is not virtiofs.
-        Err(Errno::INVAL) => rustix::fs::open(from, flags, Mode::empty())?,
-        from => from?,
-    };
-    let mut to = OpenOptions::new().write(true).create_new(true).mode(0o755).open(to)?;
-    let mut buffer = vec![0; COPY_SIZE];
-    loop {
-        match rustix::io::read(&from, &mut buffer)? {
-            0 => return Ok(()),
-            read => to.write_all(&buffer[..read])?,
-        }
-    }
-}
-
-/// Second stage: makes the guest a place for containers.
+/// Makes the guest a place for containers.
 ///
 /// # Errors
 /// [`InitError`]: the machine is of no use then.
 pub fn boot() -> Result<(), InitError> {
+    attach("proc", Path::new("/proc"), INERT, "")?;
+    attach("tmpfs", Path::new("/run"), SAFE, "mode=0755,nr_inodes=0")?;
     attach("sysfs", Path::new("/sys"), INERT, "")?;
     attach("cgroup2", Path::new(cgroup::ROOT), INERT, "nsdelegate,memory_recursiveprot")?;
-    attach("devtmpfs", Path::new("/dev"), MountFlags::NOSUID, "mode=0755")?;
+    attach_devices()?;
     attach_in_dev("devpts", "pts", MountFlags::NOSUID | MountFlags::NOEXEC, "gid=5,mode=0620,ptmxmode=0666")?;
     attach_in_dev("tmpfs", "shm", INERT, "mode=1777")?;
     attach_in_dev("mqueue", "mqueue", INERT, "")?;
@@ -146,9 +93,21 @@ pub fn boot() -> Result<(), InitError> {
 }
 
 fn attach(fstype: &'static str, target: &Path, flags: MountFlags, options: &str) -> Result<(), InitError> {
-    let options = std::ffi::CString::new(options).map_err(|error| InitError::Root(error.into()))?;
+    let options = std::ffi::CString::new(options).map_err(|error| InitError::Options(fstype, error))?;
     mount(fstype, target, fstype, flags, options.as_c_str())
         .map_err(|error| InitError::Mount(fstype, target.to_owned(), error.into()))
+}
+
+/// A kernel with CONFIG_DEVTMPFS_MOUNT has done it by itself, with no flags, as soon as it had a root.
+fn attach_devices() -> Result<(), InitError> {
+    let target = Path::new("/dev");
+    match attach("devtmpfs", target, MountFlags::NOSUID, "mode=0755") {
+        Err(InitError::Mount(_, _, error)) if error.kind() == io::ErrorKind::ResourceBusy => {
+            mount_remount(target, MountFlags::NOSUID, c"")
+                .map_err(|error| InitError::Mount("devtmpfs", target.to_owned(), error.into()))
+        }
+        attached => attached,
+    }
 }
 
 fn attach_in_dev(fstype: &'static str, name: &'static str, flags: MountFlags, options: &str) -> Result<(), InitError> {
@@ -156,15 +115,6 @@ fn attach_in_dev(fstype: &'static str, name: &'static str, flags: MountFlags, op
     // devtmpfs may have it already.
     let _ = fs::create_dir(&target);
     attach(fstype, &target, flags, options)
-}
-
-/// Makes `new_root` the root; the old one is gone as soon as nobody uses it.
-fn enter(new_root: &Path) -> io::Result<()> {
-    rustix::process::chdir(new_root)?;
-    // The old root comes to lie on top of the new one, from where it is taken away (pivot_root(2), "NOTES").
-    pivot_root(".", ".")?;
-    unmount(".", UnmountFlags::DETACH)?;
-    Ok(rustix::process::chdir("/")?)
 }
 
 /// Sets interface 1, which is `lo` in every network namespace, up: RTM_NEWLINK with IFF_UP (rtnetlink(7)).

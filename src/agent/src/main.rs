@@ -17,9 +17,7 @@ fn main() -> ExitCode {
         say!("this is the first process of a guest, and of no use elsewhere");
         return ExitCode::FAILURE;
     }
-    let result =
-        if name == init::NAME { live() } else { init::switch_root().map(|never| match never {}).map_err(Into::into) };
-    if let Err(error) = result {
+    if let Err(error) = live() {
         say!("{}", chain(error.as_ref()));
     }
     init::reset()

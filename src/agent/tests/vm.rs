@@ -5,7 +5,8 @@
 //!
 //! ```text
 //!  NACELLE_TEST_VMM      nacelle-vmm          NACELLE_TEST_KERNEL   vmlinux
-//!  NACELLE_TEST_AGENT    nacelle-agent        NACELLE_TEST_LOWER    an EROFS image of `base_tree`
+//!  NACELLE_TEST_AGENT    the image of a root with nacelle-agent
+//!  NACELLE_TEST_LOWER    an EROFS image of `base_tree`
 //!  NACELLE_TEST_UPPER    an ext4 image        NACELLE_TEST_LATE     an EROFS image with the file `late`
 //! ```
 

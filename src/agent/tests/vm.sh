@@ -14,7 +14,10 @@ trap 'rm -rf "$payload"' EXIT
 cd "$repo"
 test=$(cargo test -p nacelle-agent --test vm --no-run --message-format=json | sed -n 's/.*"executable":"\([^"]*\/vm-[^"]*\)".*/\1/p')
 strip -o "$payload/vm" "$test"
-cp "$agent" "$payload/nacelle-agent"
+mkdir -p "$payload/tree"/{dev,proc,run,sys,tmp}
+cp "$agent" "$payload/tree/agent"
+mkfs.erofs "$payload/agent.erofs" "$payload/tree" >/dev/null
+rm -rf "$payload/tree"
 cp "$vmm" "$payload/nacelle-vmm"
 
 mkdir "$payload/tree"
@@ -32,7 +35,7 @@ echo "${NACELLE_TEST_KERNEL_ARGS:-}" >"$payload/kernel-args"
 cat >"$payload/run" <<'RUN'
 #!/bin/sh -e
 here=/opt/payload
-export NACELLE_TEST_VMM="$here/nacelle-vmm" NACELLE_TEST_AGENT="$here/nacelle-agent" \
+export NACELLE_TEST_VMM="$here/nacelle-vmm" NACELLE_TEST_AGENT="$here/agent.erofs" \
     NACELLE_TEST_KERNEL=/usr/local/share/nacelle/vmlinux \
     NACELLE_TEST_LOWER="$here/base.erofs" NACELLE_TEST_LATE="$here/late.erofs" NACELLE_TEST_UPPER="$here/upper.ext4"
 export NACELLE_TEST_KERNEL_ARGS="$(cat "$here/kernel-args")"

@@ -32,6 +32,11 @@ pub const LIFELINE_FD: i32 = 5;
 /// Descriptor of the guest's console.
 pub const CONSOLE_FD: i32 = 6;
 
+/// Name of the agent in the root of the guest's image.
+pub const AGENT_NAME: &str = "agent";
+/// Empty directories in the root of the guest's image, for what the agent mounts.
+pub const MOUNT_POINTS: &[&str] = &["dev", "proc", "run", "sys", "tmp"];
+
 /// Longest [`VmConfig`] or [`Report`] line that a reader accepts, in bytes.
 pub const MAX_JSON: usize = 1 << 20;
 
@@ -49,7 +54,7 @@ pub struct VmConfig {
     pub memory_mib: u32,
     /// Guest kernel: an uncompressed ELF `vmlinux`.
     pub kernel: PathBuf,
-    /// The static agent. It becomes PID 1 out of the VMM's memory.
+    /// EROFS image that becomes the root of the guest: the static agent as [`AGENT_NAME`], and [`MOUNT_POINTS`].
     pub agent: PathBuf,
     /// Words that are appended to the kernel's command line; printable ASCII without quotes.
     pub kernel_args: Vec<String>,

@@ -8,6 +8,8 @@
 //!  tar archive ──tar::convert──► Tree, and the file data straight into the image ──► erofs::stream
 //!
 //!  patches ──patch::build──► Tree over a stack of images ──► erofs::writer ──► one more lower, on top
+//!
+//!  a static program ──program::image──► the root of the machine that runs it
 //! ```
 //!
 //! This crate knows nothing of virtual machines, guests, pods, RPC or async code, and it never mounts anything. What it reads was
@@ -21,6 +23,7 @@ mod lock;
 pub mod patch;
 pub mod path;
 pub mod plan;
+pub mod program;
 pub mod stack;
 pub mod tar;
 pub mod tree;

@@ -103,8 +103,8 @@ pub async fn create_first(
     let size = vm::size(&bundle, &config, cpus, &wishes)?;
 
     let data_dir = config.data_dir.clone();
-    let (claim_env, vmm) = (env.clone(), programs.vmm.clone());
-    let mut host = blocking("prepare pod", move || Host::claim(&claim_env, config, vmm, begin)).await?;
+    let (claim_env, found) = (env.clone(), programs.clone());
+    let mut host = blocking("prepare pod", move || Host::claim(&claim_env, config, &found, begin)).await?;
     // The lowers are converted while the VM boots: the guest finds them in its share when it needs them.
     let dirs = host.dirs.clone();
     let (name, record) = (id.to_string(), host.record.clone());

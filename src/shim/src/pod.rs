@@ -16,9 +16,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nacelle_protocol::ids::SandboxId;
+use nacelle_protocol::vm::{AGENT_NAME, MOUNT_POINTS};
 use nacelle_rootfs::cache::{Cache, CacheError};
 use nacelle_rootfs::plan::RootfsPlan;
-use nacelle_rootfs::{Limits, upper};
+use nacelle_rootfs::{Limits, program, upper};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use thiserror::Error;
 use tokio::net::UnixListener;
@@ -56,6 +57,9 @@ pub enum PodError {
     /// The writable disk.
     #[error(transparent)]
     Upper(#[from] upper::UpperError),
+    /// The guest's root.
+    #[error(transparent)]
+    Program(#[from] program::ProgramError),
     /// The lowers.
     #[error(transparent)]
     Layers(#[from] CacheError),
@@ -180,6 +184,8 @@ pub struct Host {
     pub dirs: Dirs,
     slot: UidSlot,
     cgroups: Vec<PathBuf>,
+    /// The image of the guest's root.
+    agent: PathBuf,
     /// The VMM's program.
     pub vmm: PathBuf,
     config: Config,
@@ -200,7 +206,9 @@ impl Host {
     ///
     /// # Errors
     /// [`PodError`]; nothing is left.
-    pub fn claim(env: &Env, config: Config, vmm: PathBuf, begin: Instant) -> Result<Self, PodError> {
+    pub fn claim(env: &Env, config: Config, programs: &Programs, begin: Instant) -> Result<Self, PodError> {
+        let agent = program::image(&config.data_dir, &programs.agent, AGENT_NAME, MOUNT_POINTS)?;
+        let vmm = programs.vmm.clone();
         let dirs = Dirs::new(&env.run_root, &config.data_dir, &env.namespace, &env.sandbox);
         dirs.create()?;
         let claimed = UidSlot::claim(&env.run_root, &dirs, config.uid_base);
@@ -214,7 +222,7 @@ impl Host {
                     status.uid_base = slot.first(config.uid_base);
                 });
                 let socket = env.socket.clone();
-                let host = Self { dirs, slot, cgroups: Vec::new(), vmm, config, socket, record };
+                let host = Self { dirs, slot, cgroups: Vec::new(), agent, vmm, config, socket, record };
                 host.write_state(None).inspect_err(|_| host.remove())?;
                 Ok(host)
             }
@@ -349,6 +357,7 @@ impl Pod {
         let record = &host.record;
         let place = Place {
             uid_base: host.uid(),
+            agent: host.agent.clone(),
             cgroups: host.cgroups.first().cloned().into_iter().collect(),
             network: bundle.network.clone(),
             volumes,

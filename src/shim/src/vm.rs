@@ -147,6 +147,8 @@ pub fn size(bundle: &Bundle, config: &Config, host_cpus: usize, wishes: &Wishes)
 pub struct Place {
     /// First id of its range.
     pub uid_base: u32,
+    /// The image of its guest's root.
+    pub agent: PathBuf,
     /// Cgroups that it joins.
     pub cgroups: Vec<PathBuf>,
     /// Where its network is.
@@ -172,7 +174,7 @@ pub fn plan(
         vcpus: size.vcpus,
         memory_mib: size.memory_mib,
         kernel: programs.kernel.clone(),
-        agent: programs.agent.clone(),
+        agent: place.agent,
         kernel_args: config.kernel_args.clone(),
         shares: std::iter::once(share(LAYERS_TAG, dirs.layers(), true)).chain(volumes).collect(),
         disks: vec![Disk { serial: UPPER_SERIAL.to_owned(), source: dirs.upper(), read_only: false }],
@@ -493,7 +495,7 @@ mod tests {
     }
 
     fn nowhere() -> Place {
-        Place { uid_base: 65536, cgroups: Vec::new(), network: Network::New, volumes: true }
+        Place { uid_base: 65536, agent: "/a".into(), cgroups: Vec::new(), network: Network::New, volumes: true }
     }
 
     fn dummy() -> VmConfig {

@@ -1,7 +1,7 @@
 //! libkrun without nacelle around it: no shim, no jail, no shares, no disks. `hack/bench boot` measures against it.
 //!
-//! `bare_libkrun KERNEL INIT VCPUS MIB` boots INIT as PID 1 the way `nacelle-vmm` boots its agent (same calls, same
-//! command line, same kernel), waits for the first byte on the guest's console, and prints four durations in nanoseconds:
+//! `bare_libkrun KERNEL IMAGE VCPUS MIB` boots an image's program as PID 1 the way `nacelle-vmm` boots its agent (same calls,
+//! same command line, same kernel), waits for the first byte on the guest's console, and prints four durations in nanoseconds:
 //!
 //! ```text
 //!  spawn ─► main ─► krun_start_enter ─► first byte of the guest ─► end of the process
@@ -13,7 +13,6 @@
 use std::env;
 use std::io::Read;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -21,7 +20,7 @@ use command_fds::{CommandFdExt, FdMapping};
 use nacelle_protocol::GENERATION;
 use nacelle_protocol::ids::SandboxId;
 use nacelle_protocol::vm::{CONSOLE_FD, Jail, Landlock, Network, Seccomp, VmConfig};
-use nacelle_vmm::krun::{Agent, Vm};
+use nacelle_vmm::krun::Vm;
 use nacelle_vmm::plan::Plan;
 
 type Failure = Box<dyn std::error::Error>;
@@ -32,11 +31,11 @@ const MACHINE: &str = "BARE_LIBKRUN_MACHINE";
 fn main() -> Result<(), Failure> {
     let start = now();
     let words: Vec<String> = env::args().skip(1).collect();
-    let [kernel, init, vcpus, mib] = words.as_slice() else {
-        return Err("usage: bare_libkrun KERNEL INIT VCPUS MIB".into());
+    let [kernel, image, vcpus, mib] = words.as_slice() else {
+        return Err("usage: bare_libkrun KERNEL IMAGE VCPUS MIB".into());
     };
     if env::var_os(MACHINE).is_some() {
-        return machine(start, kernel, init, vcpus.parse()?, mib.parse()?);
+        return machine(start, kernel, image, vcpus.parse()?, mib.parse()?);
     }
     watch(&words)
 }
@@ -72,23 +71,23 @@ fn watch(words: &[String]) -> Result<(), Failure> {
     Ok(())
 }
 
-fn machine(start: u128, kernel: &str, init: &str, vcpus: u8, memory_mib: u32) -> Result<(), Failure> {
-    let agent = Agent::map(Path::new(init))?;
-    let mut machine = Plan::new(&config(kernel, init, vcpus, memory_mib)?)?.machine;
-    // Without a jail the kernel keeps its name.
+fn machine(start: u128, kernel: &str, image: &str, vcpus: u8, memory_mib: u32) -> Result<(), Failure> {
+    let mut machine = Plan::new(&config(kernel, image, vcpus, memory_mib)?)?.machine;
+    // Without a jail files keep their names.
     machine.kernel = kernel.to_owned();
+    machine.root.path = image.to_owned();
     println!("{start} {}", now());
-    match Vm::new(machine, agent).start()? {}
+    match Vm::new(machine).start()? {}
 }
 
-fn config(kernel: &str, init: &str, vcpus: u8, memory_mib: u32) -> Result<VmConfig, Failure> {
+fn config(kernel: &str, image: &str, vcpus: u8, memory_mib: u32) -> Result<VmConfig, Failure> {
     Ok(VmConfig {
         generation: GENERATION,
         sandbox: SandboxId::new("bare")?,
         vcpus,
         memory_mib,
         kernel: kernel.into(),
-        agent: init.into(),
+        agent: image.into(),
         kernel_args: Vec::new(),
         shares: Vec::new(),
         disks: Vec::new(),

@@ -5,8 +5,8 @@
 //! ```text
 //!  balloon, rng       libkrun's own, always there
 //!  hvc0               console, out to descriptor 6
-//!  virtiofs           "/dev/root": no directory of the host's, only the agent and mount points, from memory
 //!  virtiofs …         the shares
+//!  virtio-blk         /dev/vda, read-only: the agent's image, which is the guest's root
 //!  virtio-blk …       the disks
 //!  vsock              the guest dials, libkrun connects to a UNIX socket; no TSI
 //! ```
@@ -17,10 +17,7 @@
 
 use std::convert::Infallible;
 use std::ffi::{CString, NulError};
-use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
-use std::path::Path;
 use std::ptr;
 
 use krun as sys;
@@ -30,15 +27,6 @@ use thiserror::Error;
 
 use crate::log;
 use crate::plan::{Disk, Machine, Share};
-
-/// virtiofs tag of the root; the kernel looks for that name.
-const ROOT_TAG: &std::ffi::CStr = c"/dev/root";
-
-/// Where the kernel finds PID 1, see the command line in [`crate::plan`].
-const INIT: &std::ffi::CStr = c"/init.krun";
-
-/// Directories of the root. It can hold nothing else, so the agent mounts on these and moves to a root of its own.
-const MOUNT_POINTS: [&std::ffi::CStr; 7] = [c"/dev", c"/proc", c"/sys", c"/run", c"/tmp", c"/mnt", c"/newroot"];
 
 /// File attributes stay valid in the guest for five seconds ("LinuxComplete").
 const KEEPS_ATTRIBUTES: u32 = 0;
@@ -58,9 +46,6 @@ const SYNC_FULL: u32 = 2;
 /// Why the machine did not start.
 #[derive(Debug, Error)]
 pub enum KrunError {
-    /// The agent cannot be read.
-    #[error("read agent {0}")]
-    Agent(String, #[source] io::Error),
     /// The sandbox's ids do not allow what the machine needs.
     #[error("reach {0} as the sandbox's user")]
     Reach(String, #[source] io::Error),
@@ -84,55 +69,16 @@ fn why(reason: &Option<String>) -> &str {
     reason.as_deref().unwrap_or("libkrun gives no reason")
 }
 
-/// The agent's bytes, mapped from its file: one copy in the page cache serves all sandboxes of a node.
-///
-/// The file must not be written in place while a sandbox runs; an upgrade puts a new file in its place, as package
-/// managers do.
-#[derive(Debug)]
-pub struct Agent {
-    start: *const u8,
-    len: usize,
-}
-
-impl Agent {
-    /// Maps the agent, for as long as the process lives.
-    ///
-    /// # Errors
-    /// [`KrunError::Agent`], also where the file is no ELF executable.
-    pub fn map(path: &Path) -> Result<Self, KrunError> {
-        let failed = |error| KrunError::Agent(path.display().to_string(), error);
-        let file = File::open(path).map_err(failed)?;
-        let meta = file.metadata().map_err(failed)?;
-        if !meta.is_file() || meta.len() == 0 {
-            return Err(failed(io::Error::new(io::ErrorKind::InvalidData, "it is empty or no regular file")));
-        }
-        let len = usize::try_from(meta.len()).map_err(|e| failed(io::Error::other(e)))?;
-        let mut magic = [0; 4];
-        io::Read::read_exact(&mut &file, &mut magic).map_err(failed)?;
-        if magic != *b"\x7fELF" {
-            return Err(failed(io::Error::new(io::ErrorKind::InvalidData, "it is no ELF executable")));
-        }
-        // SAFETY: a new private, read-only mapping of an open file at an address of the kernel's choice overlaps nothing.
-        let start =
-            unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_READ, libc::MAP_PRIVATE, file.as_raw_fd(), 0) };
-        if start == libc::MAP_FAILED {
-            return Err(failed(io::Error::last_os_error()));
-        }
-        Ok(Self { start: start.cast(), len })
-    }
-}
-
 /// A machine that has not started yet.
 #[derive(Debug)]
 pub struct Vm {
     machine: Machine,
-    agent: Agent,
 }
 
 impl Vm {
-    /// A machine with `agent` as PID 1. Paths are looked up when it starts, inside the jail.
-    pub fn new(machine: Machine, agent: Agent) -> Self {
-        Self { machine, agent }
+    /// A machine. Paths are looked up when it starts, inside the jail.
+    pub fn new(machine: Machine) -> Self {
+        Self { machine }
     }
 
     /// Becomes the machine: libkrun takes this thread, starts more, and ends the process when the guest ends.
@@ -140,14 +86,15 @@ impl Vm {
     /// # Errors
     /// [`KrunError`], before the guest has run.
     pub fn start(self) -> Result<Infallible, KrunError> {
-        let Self { machine, agent } = self;
+        let Self { machine } = self;
         reach(&machine)?;
         let ctx = done("krun_create_ctx", sys::krun_create_ctx())?.unsigned_abs();
         done("krun_set_vm_config", sys::krun_set_vm_config(ctx, machine.vcpus, machine.memory_mib))?;
         set_kernel(ctx, &machine)?;
         set_console(ctx)?;
-        add_root(ctx, &agent)?;
         machine.shares.iter().try_for_each(|share| add_share(ctx, share))?;
+        // The first disk is /dev/vda, where the kernel's command line looks for the root.
+        add_disk(ctx, &machine.root)?;
         machine.disks.iter().try_for_each(|disk| add_disk(ctx, disk))?;
         add_sockets(ctx, &machine)?;
         let status = sys::krun_start_enter(ctx);
@@ -160,7 +107,8 @@ impl Vm {
 fn reach(machine: &Machine) -> Result<(), KrunError> {
     let change = |read_only| if read_only { Access::READ_OK } else { Access::READ_OK | Access::WRITE_OK };
     let kernel = [(machine.kernel.as_str(), Access::READ_OK), ("/dev/kvm", change(false))];
-    let disks = machine.disks.iter().map(|disk| (disk.path.as_str(), change(disk.read_only)));
+    let disks =
+        std::iter::once(&machine.root).chain(&machine.disks).map(|disk| (disk.path.as_str(), change(disk.read_only)));
     let shares = machine.shares.iter().map(|share| (share.path.as_str(), Access::EXEC_OK));
     let sockets = machine.sockets.iter().map(|(_, path)| (path.as_str(), Access::WRITE_OK));
     for (path, access) in kernel.into_iter().chain(disks).chain(shares).chain(sockets) {
@@ -183,24 +131,6 @@ fn set_console(ctx: u32) -> Result<(), KrunError> {
     let path = CString::new(format!("/proc/self/fd/{CONSOLE_FD}"))?;
     // SAFETY: the string outlives the call, which copies it.
     done("krun_set_console_output", unsafe { sys::krun_set_console_output(ctx, path.as_ptr()) }).map(drop)
-}
-
-fn add_root(ctx: u32, agent: &Agent) -> Result<(), KrunError> {
-    done("krun_disable_implicit_init", sys::krun_disable_implicit_init(ctx))?;
-    // SAFETY: the tag is a constant; a null path means that no directory of the host is served.
-    done("krun_add_virtiofs4", unsafe { sys::krun_add_virtiofs4(ctx, ROOT_TAG.as_ptr(), ptr::null(), 0, false, 0) })?;
-    // SAFETY: the strings are constants, and the bytes stay mapped until the process ends (see `Agent`): libkrun does
-    // not copy them. The entry is not "one shot", because the kernel reads the pages of PID 1 as it needs them.
-    done("krun_fs_add_overlay_file", unsafe {
-        sys::krun_fs_add_overlay_file(ctx, ROOT_TAG.as_ptr(), INIT.as_ptr(), agent.start, agent.len, 0o555, false)
-    })?;
-    for dir in MOUNT_POINTS {
-        // SAFETY: the strings are constants.
-        done("krun_fs_add_overlay_dir", unsafe {
-            sys::krun_fs_add_overlay_dir(ctx, ROOT_TAG.as_ptr(), dir.as_ptr(), 0o755)
-        })?;
-    }
-    Ok(())
 }
 
 /// No DAX window, ever: libkrun checks its bounds with an addition that a guest can make overflow.
@@ -248,24 +178,4 @@ fn done(call: &'static str, status: i32) -> Result<i32, KrunError> {
 fn failed(call: &'static str, status: i32) -> KrunError {
     let source = io::Error::from_raw_os_error(status.saturating_neg());
     KrunError::Call { call, reason: log::last_error(), source }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_agent_is_an_executable() {
-        let dir = tempfile::tempdir().expect("directory");
-        let path = dir.path().join("agent");
-        let map = |bytes: &[u8]| {
-            std::fs::write(&path, bytes).expect("write");
-            Agent::map(&path)
-        };
-        assert!(map(b"").is_err());
-        assert!(map(b"#!/bin/sh\n").is_err());
-        assert_eq!(map(b"\x7fELF and more").expect("map").len, 13);
-        assert!(Agent::map(dir.path()).is_err());
-        assert!(Agent::map(&dir.path().join("none")).is_err());
-    }
 }

@@ -27,7 +27,7 @@ use nacelle_protocol::GENERATION;
 use nacelle_protocol::vm::Report;
 use nacelle_protocol::vm::{MAX_JSON, VmConfig};
 use nacelle_vmm::jail::{self, Descriptors, JailError, Volume};
-use nacelle_vmm::krun::{Agent, Vm};
+use nacelle_vmm::krun::Vm;
 use nacelle_vmm::plan::{Plan, PlanError};
 use nacelle_vmm::{kernel, log, report};
 use serde::Deserialize;
@@ -115,11 +115,10 @@ fn run(config: File, lifeline: File, console: &File) -> Result<Infallible, Failu
     let plan = Plan::new(&config).map_err(stage("plan"))?;
     // All that is asked of the host's files, as long as they have names.
     kernel::check(&config.kernel, config.memory_mib).map_err(stage("kernel"))?;
-    let agent = Agent::map(&config.agent).map_err(stage("agent"))?;
     OpenOptions::new().read(true).write(true).open("/dev/kvm").map_err(NoKvm).map_err(stage("kvm"))?;
 
     jail::enter(&plan, lifeline, console).map_err(|error| stage(error.stage)(error))?;
-    Vm::new(plan.machine, agent).start().map_err(stage("libkrun"))
+    Vm::new(plan.machine).start().map_err(stage("libkrun"))
 }
 
 #[derive(Debug, Error)]

@@ -6,6 +6,7 @@
 //! ```text
 //!  inside the jail          from
 //!  /kernel                  VmConfig::kernel
+//!  /root                    VmConfig::agent
 //!  /share/<tag>             VmConfig::shares
 //!  /disk/<serial>           VmConfig::disks
 //!  /socket/<port>           VmConfig::sockets
@@ -28,8 +29,11 @@ pub const MAX_DEVICES: usize = 11;
 #[cfg(not(target_arch = "x86_64"))]
 pub const MAX_DEVICES: usize = 11;
 
-/// Devices that every machine has: balloon and rng (libkrun adds them always), console, root file system, vsock.
+/// Devices that every machine has: balloon and rng (libkrun adds them always), console, the root's disk, vsock.
 pub const FIXED_DEVICES: usize = 5;
+
+/// Serial number of the root's disk. No other disk has it.
+const ROOT_SERIAL: &str = "agent";
 
 /// Bytes that Linux keeps of its command line (`COMMAND_LINE_SIZE`), the terminating zero included.
 const COMMAND_LINE_SIZE: usize = 2048;
@@ -45,9 +49,9 @@ const COMMAND_LINE_FRAME: usize = 16;
 /// Every word has a reason: the console is hvc0 and there is no other, so nothing is probed for; `quiet` keeps boot
 /// messages off a slow console and lets errors through; `reboot=k` and `panic=-1` make both a reboot and a panic pulse
 /// the keyboard controller, which is the one way out of the machine that libkrun watches on x86_64; `no-kvmapf` because
-/// libkrun takes no asynchronous page faults; the root is the virtiofs whose tag is `/dev/root`, which is the name that
-/// Linux looks for where no `root=` is given.
-const COMMAND_LINE: &str = "console=hvc0 quiet reboot=k panic=-1 no-kvmapf rootfstype=virtiofs rw init=/init.krun";
+/// libkrun takes no asynchronous page faults; the root is the first disk, which [`crate::krun`] adds before all others.
+const COMMAND_LINE: &str =
+    "console=hvc0 quiet reboot=k panic=-1 no-kvmapf root=/dev/vda rootfstype=erofs ro init=/agent";
 
 /// Smallest guest that is worth starting, in MiB: the kernel alone takes some 40.
 pub const MIN_MEMORY_MIB: u32 = 64;
@@ -182,11 +186,13 @@ pub struct Machine {
     pub memory_mib: u32,
     /// Path of the kernel.
     pub kernel: String,
+    /// The image that is the guest's root.
+    pub root: Disk,
     /// The kernel's command line.
     pub command_line: String,
-    /// virtiofs devices after the root.
+    /// virtiofs devices.
     pub shares: Vec<Share>,
-    /// virtio-blk devices.
+    /// virtio-blk devices after the root's.
     pub disks: Vec<Disk>,
     /// Ports that the guest may dial, and the sockets behind them.
     pub sockets: Vec<(u32, String)>,
@@ -233,18 +239,22 @@ impl Plan {
         }
         check_jail(&config.jail)?;
 
-        let mut entries = vec![entry("kernel", &config.kernel, "kernel".into(), Kind::File, true, Ids::Host)?];
+        let mut entries = vec![
+            entry("kernel", &config.kernel, "kernel".into(), Kind::File, true, Ids::Host)?,
+            entry("agent", &config.agent, "root".into(), Kind::File, true, Ids::Host)?,
+        ];
         let mut machine = Machine {
             vcpus: config.vcpus,
             memory_mib: config.memory_mib,
             kernel: "/kernel".into(),
+            root: Disk { serial: ROOT_SERIAL.into(), path: "/root".into(), read_only: true, ephemeral: false },
             command_line: command_line(&config.kernel_args, FIXED_DEVICES + shares + disks)?,
             shares: Vec::with_capacity(shares),
             disks: Vec::with_capacity(disks),
             sockets: Vec::with_capacity(config.sockets.len()),
             host_network: config.jail.network == Network::Host,
         };
-        let mut names = BTreeSet::new();
+        let mut names = BTreeSet::from([("disk", ROOT_SERIAL.to_owned())]);
         for share in &config.shares {
             // The tag's field in the device's configuration; libkrun copies without looking.
             check_name("share", &share.tag, 36)?;
@@ -391,10 +401,11 @@ mod tests {
     fn names_inside_the_jail() {
         let plan = Plan::new(&config()).expect("plan");
         let inside: Vec<_> = plan.entries.iter().map(|e| e.inside.to_str().expect("text")).collect();
-        assert_eq!(inside, ["kernel", "share/layers", "disk/upper", "socket/1024"]);
+        assert_eq!(inside, ["kernel", "root", "share/layers", "disk/upper", "socket/1024"]);
         assert_eq!(plan.machine.disks[0].path, "/disk/upper");
         assert!(plan.machine.disks[0].ephemeral);
-        assert!(plan.machine.command_line.ends_with("init=/init.krun loglevel=7"));
+        let init = format!("init=/{} loglevel=7", vm::AGENT_NAME);
+        assert!(plan.machine.command_line.ends_with(&init), "{}", plan.machine.command_line);
         assert!(!plan.owns_files);
     }
 
@@ -437,9 +448,11 @@ mod tests {
 
     #[test]
     fn names_are_used_once() {
-        let mut c = config();
-        c.disks.push(disk("upper"));
-        assert!(matches!(Plan::new(&c), Err(PlanError::Twice { kind: "disk", .. })));
+        for taken in ["upper", ROOT_SERIAL] {
+            let mut c = config();
+            c.disks.push(disk(taken));
+            assert!(matches!(Plan::new(&c), Err(PlanError::Twice { kind: "disk", .. })), "{taken}");
+        }
         let mut c = config();
         c.sockets.push(c.sockets[0].clone());
         assert!(matches!(Plan::new(&c), Err(PlanError::Twice { kind: "socket", .. })));

@@ -190,13 +190,14 @@ fn limits_hold() {
 /// Steps 7 and 9.
 fn root_holds_the_plan_and_nothing_else() {
     let mut sandbox = Setup::inner().start();
-    assert_eq!(sandbox.ask(&["list", "/"]), "dev disk kernel proc share socket");
+    assert_eq!(sandbox.ask(&["list", "/"]), "dev disk kernel proc root share socket");
     assert_eq!(sandbox.ask(&["list", "/dev"]), "kvm random urandom");
     assert_eq!(sandbox.ask(&["stat", "/dev/kvm"]), "0 0 600");
     assert_eq!(sandbox.ask(&["stat", "/dev/urandom"]), "0 0 400");
     assert_eq!(sandbox.ask(&["list", "/share"]), "layers volumes");
     assert_eq!(sandbox.ask(&["list", "/disk"]), "upper");
     assert_eq!(sandbox.ask(&["read", "/kernel"]), "kernel");
+    assert_eq!(sandbox.ask(&["read", "/root"]), "kernel", "the image of these tests is the kernel");
     assert_eq!(sandbox.ask(&["read", "/share/layers/a.erofs"]), "layer");
     // The guest's file names are not checked by libkrun: dots lead no further than the jail.
     for path in ["/etc/passwd", "/share/volumes/../../../../etc/passwd", "/proc/1/root/etc/passwd", "/proc/sys/kernel"]
@@ -204,7 +205,7 @@ fn root_holds_the_plan_and_nothing_else() {
         assert_eq!(sandbox.tell(&["stat", path]), Err(ENOENT), "{path}");
     }
     let mounts = fs::read_to_string(sandbox.proc("mountinfo")).expect("mounts");
-    assert_eq!(mounts.lines().count(), 8, "{mounts}");
+    assert_eq!(mounts.lines().count(), 9, "{mounts}");
 }
 
 /// Step 7.
