@@ -11,7 +11,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nacelle_protocol::agent::{CONTAINERS_DIR, Container as Config};
+use nacelle_protocol::agent::{CONTAINERS_DIR, Container as Config, Rootfs};
+use nacelle_protocol::features;
 use nacelle_protocol::ids::ContainerId;
 use tokio::sync::oneshot;
 use tokio::task::{AbortHandle, spawn_blocking};
@@ -19,6 +20,7 @@ use tokio::task::{AbortHandle, spawn_blocking};
 use crate::cgroup::Cgroup;
 use crate::guest::{Guest, GuestError, MAX_ENTRIES, label};
 use crate::mount;
+use crate::quota::Limit;
 use crate::reap::Ended;
 use crate::runner::{Job, Operation};
 use crate::spawn::{self, SpawnError};
@@ -53,7 +55,7 @@ impl Guest {
         self.reserve(id)?;
 
         let mut undo = Vec::new();
-        let created = self.create_reserved(id, plan, config.rootfs.lowers, names, &mut undo).await;
+        let created = self.create_reserved(id, plan, config.rootfs, names, &mut undo).await;
         match created {
             Ok((container, ended)) => {
                 let pid = container.init.pid;
@@ -74,6 +76,15 @@ impl Guest {
         }
     }
 
+    fn upper_limit(&self, id: &str, bytes: u64) -> Result<Limit, GuestError> {
+        let device = self.limited_disk.get().cloned();
+        let device = device
+            .ok_or_else(|| GuestError::Lacking(format!("limit the upper of {}", label(id, "")), features::QUOTA))?;
+        // 0 is the project of what belongs to none, and a number is never used twice.
+        let project = u32::try_from(self.serial() + 1).unwrap_or(u32::MAX);
+        Ok(Limit { device, project, bytes })
+    }
+
     fn reserve(&self, id: &str) -> Result<(), GuestError> {
         let mut table = self.table();
         if table.contains_key(id) {
@@ -90,17 +101,19 @@ impl Guest {
         self: &Arc<Self>,
         id: &str,
         plan: Plan,
-        lowers: Vec<String>,
+        rootfs: Rootfs,
         names: Names,
         undo: &mut Vec<Undo>,
     ) -> Result<(Container, oneshot::Receiver<Ended>), GuestError> {
         let state = directory(id).join("state");
         fs::create_dir_all(&state).map_err(|error| GuestError::System(format!("create {}", state.display()), error))?;
 
+        let lowers = rootfs.lowers;
+        let limit = rootfs.upper_bytes.map(|bytes| self.upper_limit(id, bytes)).transpose()?;
         // The host is dialled while the file systems are mounted.
         let mounting = {
             let (table, id, lowers) = (self.lowers.clone(), id.to_owned(), lowers.clone());
-            blocking(move || mount::mount_rootfs(&table, &id, &lowers))
+            blocking(move || mount::mount_rootfs(&table, &id, &lowers, limit.as_ref()))
         };
         let connecting = self.streams(id, "", &names, plan.owner);
         let (mounted, connected) = tokio::join!(mounting, connecting);
@@ -170,6 +183,7 @@ impl Guest {
         if self.events.is_full() {
             return Err(GuestError::Full(label(id, ""), "the host does not take note of events"));
         }
+        self.cpus.up().await;
         let (pid, state, report) = self.with(id, |container| {
             let report = match (container.init.phase, container.init_ended) {
                 (Phase::Created, None) => container.report.take(),

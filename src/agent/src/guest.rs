@@ -5,13 +5,14 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use nacelle_protocol::agent::{Exit, Oom, event::What};
 use thiserror::Error;
 use tokio::sync::Notify;
 
 use crate::cgroup::{Cgroup, CgroupError};
+use crate::cpus::Cpus;
 use crate::dial::Dial;
 use crate::events::EventLog;
 use crate::mount::{Lowers, MountError};
@@ -43,6 +44,9 @@ pub enum GuestError {
     /// The configuration makes no sense.
     #[error("plan {0}")]
     Spec(String, #[source] SpecError),
+    /// This guest's kernel cannot do it.
+    #[error("{0}: the guest's kernel lacks {1}")]
+    Lacking(String, &'static str),
     /// There are too many of them.
     #[error("{0}: {1}")]
     Full(String, &'static str),
@@ -83,6 +87,10 @@ pub struct Guest {
     pub events: EventLog,
     /// Lowers in use.
     pub lowers: Arc<Lowers>,
+    /// The disk with the uppers, if containers can be limited on it.
+    pub limited_disk: OnceLock<PathBuf>,
+    /// The CPUs beside the first.
+    pub cpus: Arc<Cpus>,
     /// The guest is to end.
     pub shutdown: Notify,
     table: Mutex<Table>,
@@ -98,6 +106,8 @@ impl Guest {
             reaper: Arc::default(),
             events: EventLog::default(),
             lowers: Arc::default(),
+            limited_disk: OnceLock::new(),
+            cpus: Arc::default(),
             shutdown: Notify::new(),
             table: Mutex::default(),
             serial: std::sync::atomic::AtomicU64::new(0),

@@ -28,6 +28,8 @@ use rustix::mount::{
 };
 use thiserror::Error;
 
+use crate::quota::{self, Limit};
+
 /// Mount points of the lowers.
 const LOWERS_DIR: &str = "/run/nacelle/lowers";
 
@@ -135,17 +137,18 @@ pub fn rootfs_path(id: &str) -> PathBuf {
     Path::new(CONTAINERS_DIR).join(id).join("rootfs")
 }
 
-/// Mounts the root file system of container `id`; `names` are its lowers, bottom first.
+/// Mounts the root file system of container `id`; `names` are its lowers, bottom first, `limit` is that of its upper.
 ///
 /// # Errors
 /// [`MountError`]; nothing stays mounted.
-pub fn mount_rootfs(lowers: &Lowers, id: &str, names: &[String]) -> Result<(), MountError> {
+pub fn mount_rootfs(lowers: &Lowers, id: &str, names: &[String], limit: Option<&Limit>) -> Result<(), MountError> {
     if names.is_empty() || names.len() > MAX_LOWERS {
         return Err(MountError::Count(names.len()));
     }
     let mut targets = Vec::with_capacity(names.len());
     let mounted = names.iter().try_for_each(|name| lowers.acquire(name).map(|target| targets.push(target)));
-    let mounted = mounted.and_then(|()| overlay(id, &targets));
+    let limited = || limit.map_or(Ok(()), |limit| limit_upper(id, limit));
+    let mounted = mounted.and_then(|()| limited()).and_then(|()| overlay(id, &targets));
     if mounted.is_err() {
         names.iter().take(targets.len()).for_each(|name| lowers.release(name));
         // It may not exist yet.
@@ -153,6 +156,12 @@ pub fn mount_rootfs(lowers: &Lowers, id: &str, names: &[String]) -> Result<(), M
         remove_upper(id);
     }
     mounted
+}
+
+fn limit_upper(id: &str, limit: &Limit) -> Result<(), MountError> {
+    let directory = Path::new(UPPER_DIR).join(id);
+    fs::create_dir_all(&directory).map_err(io_error("create", &directory))?;
+    limit.set(&directory).map_err(io_error("limit", &directory))
 }
 
 /// Undoes [`mount_rootfs`]; the upper is gone with it. What cannot be undone is said on the console.
@@ -238,19 +247,25 @@ pub fn mount_share(tag: &str, target: &str, read_only: bool) -> Result<(), Mount
     )
 }
 
-/// Mounts the ext4 disk with serial number `serial` where the uppers live.
+/// Mounts the ext4 disk with serial number `serial` where the uppers live; returns the device, if it can limit containers.
 ///
 /// # Errors
 /// [`MountError`]
-pub fn mount_upper(serial: &str) -> Result<(), MountError> {
+pub fn mount_upper(serial: &str) -> Result<Option<PathBuf>, MountError> {
     let device = find_disk(Path::new("/sys/block"), serial)?;
     let target = Path::new(UPPER_DIR);
     fs::create_dir_all(target).map_err(io_error("create", target))?;
-    mount(&device, target, "ext4", MountFlags::NOATIME, None).map_err(|error| MountError::Mount {
+    let quota = quota::supported();
+    if !quota {
+        quota::take_out(&device).map_err(io_error("take quotas out of", &device))?;
+    }
+    let options = quota.then_some(c"prjquota");
+    mount(&device, target, "ext4", MountFlags::NOATIME, options).map_err(|error| MountError::Mount {
         what: device.display().to_string(),
         target: target.to_owned(),
         source: error.into(),
-    })
+    })?;
+    Ok(quota.then_some(device))
 }
 
 fn find_disk(sys_block: &Path, serial: &str) -> Result<PathBuf, MountError> {
@@ -285,8 +300,8 @@ mod tests {
         for bad in ["", ".", "..", "../x", "a/b", "a\0"] {
             assert!(matches!(lowers.acquire(bad), Err(MountError::Name(_))), "{bad:?}");
         }
-        assert!(matches!(mount_rootfs(&lowers, "x", &[]), Err(MountError::Count(0))));
-        assert!(matches!(mount_rootfs(&lowers, "x", &vec![String::new(); 501]), Err(MountError::Count(501))));
+        assert!(matches!(mount_rootfs(&lowers, "x", &[], None), Err(MountError::Count(0))));
+        assert!(matches!(mount_rootfs(&lowers, "x", &vec![String::new(); 501], None), Err(MountError::Count(501))));
     }
 
     #[test]

@@ -23,6 +23,7 @@ use ttrpc::r#async::{Server, TtrpcContext, transport::Listener};
 use crate::clock::{self, HostClock};
 use crate::console::chain;
 use crate::dial::{self, Connection, DialError};
+use crate::features;
 use crate::guest::Guest;
 use crate::mount;
 use crate::service::{Tasks, rpc_status};
@@ -54,6 +55,8 @@ pub enum ServeError {
 pub async fn run(guest: Arc<Guest>) -> Result<(), ServeError> {
     let reaping = tokio::spawn(guest.reaper.clone().run());
     let connection = dial::rpc(&guest.dial).await.map_err(ServeError::Dial)?;
+    let cpus = guest.cpus.clone();
+    drop(tokio::task::spawn_blocking(move || cpus.bring_up()));
     let closed = Arc::new(Notify::new());
     let connection = Watched { connection, closed: closed.clone() };
     // The stream of connections has this one and never ends, because its end would end the server.
@@ -115,15 +118,21 @@ impl Agent for Service {
             for share in &request.shares {
                 mount::mount_share(&share.tag, &share.target, share.read_only)?;
             }
-            if request.upper_serial.is_empty() { Ok(()) } else { mount::mount_upper(&request.upper_serial) }
+            if request.upper_serial.is_empty() { Ok(None) } else { mount::mount_upper(&request.upper_serial) }
         });
         match mounting.await {
-            Ok(mounted) => mounted.map_err(|error| internal(&error))?,
+            Ok(mounted) => {
+                if let Some(device) = mounted.map_err(|error| internal(&error))? {
+                    // Configured once, so set once.
+                    let _ = self.guest.limited_disk.set(device);
+                }
+            }
             Err(error) => return Err(internal(&error)),
         }
         let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
         let version = env!("CARGO_PKG_VERSION").to_owned();
-        Ok(ConfigureResponse { kernel, version, follows_host_clock, ..Default::default() })
+        let features = features::found(follows_host_clock);
+        Ok(ConfigureResponse { kernel, version, follows_host_clock, features, ..Default::default() })
     }
 
     async fn events(&self, _: &TtrpcContext, request: EventsRequest) -> ttrpc::Result<EventsResponse> {

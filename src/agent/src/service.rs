@@ -40,7 +40,7 @@ fn rpc_error(error: GuestError) -> ttrpc::Error {
     let code = match &error {
         GuestError::NotFound(_) => Code::NOT_FOUND,
         GuestError::Exists(_) => Code::ALREADY_EXISTS,
-        GuestError::State(..) => Code::FAILED_PRECONDITION,
+        GuestError::State(..) | GuestError::Lacking(..) => Code::FAILED_PRECONDITION,
         GuestError::Request(_) | GuestError::Spec(..) | GuestError::Stdio(_, StdioError::Name(_)) => {
             Code::INVALID_ARGUMENT
         }

@@ -3,7 +3,7 @@
 //! What the kernel does not offer stays zero. `max` is the largest number, as containerd's own reader has it.
 
 use containerd_shim_protos::cgroups_v2::metrics::{
-    CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
+    CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PSIData, PSIStats, PidsStat,
 };
 use protobuf::MessageField;
 
@@ -20,10 +20,10 @@ pub fn metrics(read: impl Fn(&str) -> Option<String>, hugepage_sizes: &[String])
             limit: read("pids.max").map_or(0, |text| number(&text)),
             ..Default::default()
         }),
-        cpu: section(read("cpu.stat"), cpu),
+        cpu: section(read("cpu.stat"), |text| CPUStat { psi: pressure(read("cpu.pressure")), ..cpu(text) }),
         memory: section(read("memory.stat"), |text| memory(text, &read)),
         memory_events: section(read("memory.events"), memory_events),
-        io: section(read("io.stat"), io),
+        io: section(read("io.stat"), |text| IOStat { psi: pressure(read("io.pressure")), ..io(text) }),
         hugetlb: hugepage_sizes.iter().filter_map(|size| hugetlb(size, &read)).collect(),
         ..Default::default()
     }
@@ -113,8 +113,30 @@ fn memory(text: &str, read: impl Fn(&str) -> Option<String>) -> MemoryStat {
         swap_usage: file("memory.swap.current"),
         swap_limit: file("memory.swap.max"),
         swap_max_usage: file("memory.swap.peak"),
+        psi: pressure(read("memory.pressure")),
         ..Default::default()
     }
+}
+
+/// Pressure stall information (Linux, Documentation/accounting/psi.rst): lines of `some avg10=… avg60=… avg300=… total=…`
+/// and `full …`, averages in percent, totals in microseconds. An empty file is a kernel that has it switched off.
+fn pressure(text: Option<String>) -> MessageField<PSIStats> {
+    let text = text.unwrap_or_default();
+    let line = |kind: &str| -> MessageField<PSIData> {
+        let words = text.lines().find_map(|line| line.strip_prefix(kind)?.strip_prefix(' '));
+        let of = |key: &str| words?.split_whitespace().find_map(|word| word.strip_prefix(key)?.strip_prefix('='));
+        words
+            .map(|_| PSIData {
+                avg10: of("avg10").and_then(|text| text.parse().ok()).unwrap_or(0.0),
+                avg60: of("avg60").and_then(|text| text.parse().ok()).unwrap_or(0.0),
+                avg300: of("avg300").and_then(|text| text.parse().ok()).unwrap_or(0.0),
+                total: of("total").map_or(0, number),
+                ..Default::default()
+            })
+            .into()
+    };
+    let stats = PSIStats { some: line("some"), full: line("full"), ..Default::default() };
+    if stats.some.is_some() { MessageField::some(stats) } else { MessageField::none() }
 }
 
 fn memory_events(text: &str) -> MemoryEvents {
@@ -181,6 +203,10 @@ mod tests {
                 "memory.max" => "max\n",
                 "memory.events" => "low 0\nhigh 0\nmax 7\noom 1\noom_kill 1\noom_group_kill 0\n",
                 "io.stat" => "254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6\nnonsense\n",
+                "memory.pressure" => {
+                    "some avg10=1.50 avg60=0.00 avg300=0.00 total=42\nfull avg10=0.00 avg60=0.00 avg300=0.25 total=7\n"
+                }
+                "io.pressure" => "",
                 "hugetlb.2MB.current" => "0\n",
                 "hugetlb.2MB.max" => "max\n",
                 _ => return None,
@@ -195,6 +221,9 @@ mod tests {
         assert_eq!((metrics.memory_events.max, metrics.memory_events.oom_kill), (7, 1));
         assert_eq!(metrics.io.usage.len(), 1);
         assert_eq!((metrics.io.usage[0].major, metrics.io.usage[0].wios), (254, 4));
+        assert_eq!((metrics.memory.psi.some.avg10, metrics.memory.psi.some.total), (1.5, 42));
+        assert_eq!((metrics.memory.psi.full.avg300, metrics.memory.psi.full.total), (0.25, 7));
+        assert!(metrics.cpu.psi.is_none() && metrics.io.psi.is_none());
         assert_eq!(metrics.hugetlb.len(), 1);
         assert_eq!(metrics.hugetlb[0].pagesize, "2MB");
     }

@@ -7,6 +7,8 @@ mod jail;
 use rustix::fs::{Mode, OFlags};
 use serde::Serialize;
 
+use crate::kernel::Kernel;
+
 /// How a check went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -38,8 +40,11 @@ impl Check {
     }
 }
 
-/// Directories in which the shim looks for the guest kernel, in its order.
+/// Where the shim looks for the guest kernel, in its order.
 const KERNEL_FILES: &[&str] = &["/usr/local/share/nacelle/vmlinux", "/usr/share/nacelle/vmlinux"];
+/// Where the shim looks for the kernel that lends the host's network, in its order.
+const HOST_NETWORK_KERNEL_FILES: &[&str] =
+    &["/usr/local/share/nacelle/vmlinux-libkrunfw", "/usr/share/nacelle/vmlinux-libkrunfw"];
 /// Directories in which the shim looks for its helpers.
 const LIBEXEC: &[&str] = &["/usr/local/libexec/nacelle", "/usr/libexec/nacelle"];
 
@@ -59,6 +64,7 @@ pub fn run(json: bool, out: &mut impl io::Write) -> anyhow::Result<bool> {
             fs::read_to_string("/sys/kernel/security/apparmor/profiles").ok().as_deref(),
         ),
         guest_kernel(),
+        host_network_kernel(),
         helpers(),
         containerd(),
     ];
@@ -144,7 +150,7 @@ fn landlock(modules: Option<&str>) -> Check {
 
 fn guest_kernel() -> Check {
     const NAME: &str = "guest kernel";
-    let Some(path) = KERNEL_FILES.iter().find(|p| Path::new(p).exists()) else {
+    let Some(path) = KERNEL_FILES.iter().map(Path::new).find(|p| p.exists()) else {
         return Check::new(
             NAME,
             Verdict::Fail,
@@ -152,11 +158,48 @@ fn guest_kernel() -> Check {
             "install one, or name one in /etc/nacelle/nacelle.toml",
         );
     };
-    let mut magic = [0; 4];
-    match fs::File::open(path).and_then(|mut f| io::Read::read_exact(&mut f, &mut magic)) {
-        Ok(()) if magic == *b"\x7fELF" => Check::ok(NAME, *path),
-        Ok(()) => Check::new(NAME, Verdict::Fail, format!("{path} is not an ELF file"), "use an uncompressed vmlinux"),
-        Err(e) => Check::new(NAME, Verdict::Fail, format!("read {path}: {e}"), "install it again"),
+    match Kernel::read(path) {
+        Ok(kernel) => described(NAME, path, &kernel),
+        Err(e) => Check::new(NAME, Verdict::Fail, format!("read {}: {e}", path.display()), "install it again"),
+    }
+}
+
+/// Which kernel it is, and what pods do without.
+fn described(name: &'static str, path: &Path, kernel: &Kernel) -> Check {
+    let release = kernel.release.as_deref().unwrap_or("of unknown release");
+    let found = format!("{}, {release}", path.display());
+    match &kernel.lacks {
+        Some(lacks) if lacks.is_empty() => Check::ok(name, format!("{found}, with every feature")),
+        Some(lacks) => {
+            let lacks: Vec<_> = lacks.iter().map(|feature| format!("{} ({})", feature.name, feature.gives)).collect();
+            let remedy = "docs/kernel.md says which kernel gives what";
+            Check::new(name, Verdict::Warn, format!("{found}, lacks {}", lacks.join(", ")), remedy)
+        }
+        None => Check::ok(
+            name,
+            format!(
+                "{found}; it does not carry its configuration: `nacelle ps --long` says what it lacks when a pod runs"
+            ),
+        ),
+    }
+}
+
+fn host_network_kernel() -> Check {
+    const NAME: &str = "host network";
+    let Some(path) = HOST_NETWORK_KERNEL_FILES.iter().map(Path::new).find(|p| p.exists()) else {
+        return Check::new(
+            NAME,
+            Verdict::Warn,
+            format!("none of {}: `ctr run --net-host` is refused", HOST_NETWORK_KERNEL_FILES.join(", ")),
+            "install libkrunfw's kernel there, or name it as vm.host_network_kernel",
+        );
+    };
+    match Kernel::read(path) {
+        Ok(kernel) => Check::ok(
+            NAME,
+            format!("{}, {}", path.display(), kernel.release.as_deref().unwrap_or("of unknown release")),
+        ),
+        Err(e) => Check::new(NAME, Verdict::Warn, format!("read {}: {e}", path.display()), "install it again"),
     }
 }
 
@@ -193,6 +236,8 @@ fn containerd() -> Check {
 
 #[cfg(test)]
 mod tests {
+    use nacelle_protocol::features;
+
     use super::*;
 
     #[test]
@@ -214,6 +259,18 @@ mod tests {
         assert_eq!(kernel("6.12.91+deb13-cloud").verdict, Verdict::Ok);
         assert_eq!(kernel("5.10.0").verdict, Verdict::Fail);
         assert_eq!(kernel("nonsense").verdict, Verdict::Fail);
+    }
+
+    #[test]
+    fn tells_what_a_kernel_lacks() {
+        let path = Path::new("/k/vmlinux");
+        let release = Some("6.12.1".to_owned());
+        let check = |lacks| described("guest kernel", path, &Kernel { release: release.clone(), lacks });
+        assert_eq!(check(Some(Vec::new())).found, "/k/vmlinux, 6.12.1, with every feature");
+        let lacking = check(Some(features::ALL.iter().take(1).collect()));
+        assert_eq!(lacking.verdict, Verdict::Warn);
+        assert!(lacking.found.contains("lacks pressure (cpu.pressure"), "{}", lacking.found);
+        assert!(check(None).found.contains("nacelle ps --long"));
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod build;
 mod doctor;
 mod image;
 mod jail;
+mod kernel;
 mod layer;
 mod patch;
 mod progress;

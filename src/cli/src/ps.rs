@@ -6,7 +6,10 @@ use std::{
 };
 
 use anyhow::Context;
-use nacelle_protocol::status::{STATUS_FILE, Status};
+use nacelle_protocol::{
+    features::{self, Feature},
+    status::{STATUS_FILE, Status},
+};
 
 use crate::units;
 
@@ -58,6 +61,16 @@ fn details(s: &Status, out: &mut impl io::Write) -> io::Result<()> {
         let key: String = layer.key.chars().take(16).collect();
         writeln!(out, "  layer {:<20} {:>12}  {}", key, units::bytes(layer.size), layer.outcome)?;
     }
+    // A sandbox of an older shim says nothing.
+    if !s.kernel_features.is_empty() {
+        let has = |feature: &&Feature| s.kernel_features.iter().any(|name| name == feature.name);
+        let (has, lacks): (Vec<&Feature>, Vec<&Feature>) = features::ALL.iter().partition(has);
+        let names = |list: &[&Feature]| list.iter().map(|feature| feature.name).collect::<Vec<_>>().join(", ");
+        writeln!(out, "  kernel has {}", names(&has))?;
+        for feature in lacks {
+            writeln!(out, "  kernel lacks {}: {}", feature.name, feature.gives)?;
+        }
+    }
     for reason in &s.degraded {
         writeln!(out, "  degraded: {reason}")?;
     }
@@ -105,6 +118,7 @@ mod tests {
             sandbox: "c1".into(),
             memory_mib: 512,
             guest_kernel: "6.12.91".into(),
+            kernel_features: vec!["swap".into()],
             phases: vec![Phase { name: "boot".into(), at_us: 1000, took_us: 2000 }],
             layers: vec![LayerUse {
                 container: "c1".into(),
@@ -123,6 +137,7 @@ mod tests {
         let text = String::from_utf8(out).unwrap();
         assert!(text.contains("c1") && text.contains("512.0 MiB") && text.contains("3.0 ms"), "{text}");
         assert!(text.contains("reused") && text.contains("boot"), "{text}");
+        assert!(text.contains("kernel has swap\n") && text.contains("kernel lacks quota: "), "{text}");
     }
 
     #[test]

@@ -64,4 +64,7 @@ pub struct Container {
 pub struct Rootfs {
     /// File names below [`LAYERS_DIR`], bottom first; at least one.
     pub lowers: Vec<String>,
+    /// Most bytes that the upper may take on the pod's disk; `None`: as many as there are.
+    #[serde(default)]
+    pub upper_bytes: Option<u64>,
 }

@@ -17,6 +17,7 @@
 //! This crate knows nothing of sockets, files, tokio, containerd's daemon or libkrun.
 
 pub mod agent;
+pub mod features;
 pub mod ids;
 pub mod status;
 pub mod stream;

@@ -27,6 +27,9 @@ pub struct Status {
     pub memory_mib: u32,
     /// Kernel release of the guest, as the guest says it.
     pub guest_kernel: String,
+    /// What that kernel has, by the names of [`crate::features`], as the guest says it.
+    #[serde(default)]
+    pub kernel_features: Vec<String>,
     /// What the configuration allowed to be weaker than asked for, one sentence each.
     pub degraded: Vec<String>,
     /// How long each phase of the start took, in the order they began.

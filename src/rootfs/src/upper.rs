@@ -1,12 +1,13 @@
 //! The writable side of a container's root: a sparse ext4 disk, copied from a template that is made once per node and size.
 //!
 //! ```text
-//!  <root>/upper/ext4-v1-<bytes>.img     read-only template, published by rename
-//!  <root>/upper/ext4-v1-<bytes>.lock    held while the template is made
+//!  <root>/upper/ext4-v2-<bytes>.img     read-only template, published by rename
+//!  <root>/upper/ext4-v2-<bytes>.lock    held while the template is made
 //! ```
 //!
 //! Copying costs the data extents only (a few hundred KiB whatever the size), or nothing where the file system shares extents.
-//! The disk has no journal: it lives as long as its pod, and a pod that crashed is not repaired but replaced.
+//! The disk counts what each project on it has, so that the guest can limit its containers one by one; a guest whose kernel
+//! has no quotas takes that out. The disk has no journal: it lives as long as its pod, and a pod that crashed is not repaired but replaced.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -27,7 +28,7 @@ pub const MAX_SIZE: u64 = 16 << 40;
 /// All features by name, so that the distribution's mke2fs.conf has no say. No journal, nothing to resize, no backups of the
 /// superblock: what is not written need not be copied.
 const FEATURES: &str = "none,64bit,dir_index,dir_nlink,ext_attr,extent,extra_isize,filetype,flex_bg,huge_file,large_file,\
-                        metadata_csum,sparse_super,sparse_super2";
+                        metadata_csum,project,quota,sparse_super,sparse_super2";
 
 /// Why there is no disk.
 #[derive(Debug, thiserror::Error)]
@@ -81,7 +82,7 @@ pub fn create(cache_root: &Path, dest: &Path, size: u64) -> Result<(), UpperErro
 /// Opens the template, making it when it is missing.
 fn template(cache_root: &Path, size: u64) -> Result<File, UpperError> {
     let dir = cache_root.join("upper");
-    let path = dir.join(format!("ext4-v1-{size}.img"));
+    let path = dir.join(format!("ext4-v2-{size}.img"));
     match File::open(&path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
         other => return other.map_err(failed("open template", &path)),
@@ -107,7 +108,7 @@ fn make(raw: &Path, template: &Path, size: u64) -> Result<(), UpperError> {
     let output = Command::new("mkfs.ext4")
         .args(["-q", "-F", "-b", "4096", "-I", "256", "-i", "16384", "-m", "0", "-O", FEATURES])
         // The file is all zeros, so inode tables are clean already: the guest has nothing to initialise later.
-        .args(["-E", "num_backup_sb=0,lazy_itable_init=0,nodiscard,root_owner=0:0"])
+        .args(["-E", "num_backup_sb=0,lazy_itable_init=0,nodiscard,root_owner=0:0,quotatype=prjquota"])
         .arg(raw)
         .env("PATH", search_path())
         .stdin(Stdio::null())

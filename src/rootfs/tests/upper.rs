@@ -108,7 +108,7 @@ fn impossible_sizes_are_refused() {
 fn leftovers_and_full_disks() {
     let workshop = workshop();
     let root = dir(workshop.path().join("cache/upper"));
-    fs::write(root.join(format!("ext4-v1-{GIB}.tmp")), "half").unwrap();
+    fs::write(root.join(format!("ext4-v2-{GIB}.tmp")), "half").unwrap();
     upper::create(&workshop.path().join("cache"), &workshop.path().join("disk"), GIB).unwrap();
     run("e2fsprogs", "e2fsck", &[&"-fn", &workshop.path().join("disk")]);
 

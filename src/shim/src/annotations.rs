@@ -5,6 +5,7 @@
 //! | `io.nacelle.vcpus`         | 1 to 255            | virtual CPUs                       | the host's CPUs                  |
 //! | `io.nacelle.memory_mib`    | MiB, 128 and more   | the VM's RAM                       | what the pod's limit allows      |
 //! | `io.nacelle.upper_mib`     | MiB, 64 and more    | size of the writable disk          | `rootfs.upper_mib`               |
+//! | `io.nacelle.container_mib` | MiB, 1 and more     | most that one container may write  | `rootfs.container_mib`           |
 //! | `io.nacelle.kernel`        | path of an ELF file | the guest kernel                   | below `annotations.host_paths`   |
 //!
 //! Whoever writes them may create pods and is trusted with nothing else. An annotation that is not in the list, or not
@@ -27,13 +28,15 @@ pub const VCPUS: &str = "io.nacelle.vcpus";
 pub const MEMORY_MIB: &str = "io.nacelle.memory_mib";
 /// Size of the writable disk, MiB.
 pub const UPPER_MIB: &str = "io.nacelle.upper_mib";
+/// Most that the container may write on the writable disk, MiB.
+pub const CONTAINER_MIB: &str = "io.nacelle.container_mib";
 /// The guest kernel, a path on the host.
 pub const KERNEL: &str = "io.nacelle.kernel";
 
 /// The closed list.
-pub const KNOWN: [&str; 4] = [VCPUS, MEMORY_MIB, UPPER_MIB, KERNEL];
+pub const KNOWN: [&str; 5] = [VCPUS, MEMORY_MIB, UPPER_MIB, CONTAINER_MIB, KERNEL];
 /// What a pod may say where the configuration does not say otherwise: nothing that names the host's files.
-pub const ALLOWED: [&str; 3] = [VCPUS, MEMORY_MIB, UPPER_MIB];
+pub const ALLOWED: [&str; 4] = [VCPUS, MEMORY_MIB, UPPER_MIB, CONTAINER_MIB];
 
 /// Most bytes of nacelle's annotations of one container, names and values together.
 const MAX_TOTAL: usize = 256 << 10;
@@ -86,6 +89,8 @@ pub struct Wishes {
     pub memory_mib: Option<u32>,
     /// Size of the writable disk, MiB.
     pub upper_mib: Option<u64>,
+    /// Most that the container may write, MiB.
+    pub container_mib: Option<u64>,
     /// The guest kernel, with every link followed.
     pub kernel: Option<PathBuf>,
 }
@@ -119,6 +124,9 @@ impl Policy {
                 }
                 UPPER_MIB => {
                     wishes.upper_mib = Some(number(name, value, 64, 1 << 24, "a number from 64 to 16777216")?);
+                }
+                CONTAINER_MIB => {
+                    wishes.container_mib = Some(number(name, value, 1, 1 << 24, "a number from 1 to 16777216")?);
                 }
                 _ => wishes.kernel = Some(self.host_path(name, value)?),
             }
@@ -174,8 +182,14 @@ mod tests {
     fn known_ones_are_read_and_others_refuse_the_pod() {
         let foreign = [("io.kubernetes.cri.sandbox-id", "x"), ("io.nacellex", "y")];
         assert_eq!(read(&foreign), Ok(Wishes::default()));
-        let sizes = [(VCPUS, "4"), (MEMORY_MIB, "1024"), (UPPER_MIB, "64")];
-        let wishes = Wishes { vcpus: Some(4), memory_mib: Some(1024), upper_mib: Some(64), kernel: None };
+        let sizes = [(VCPUS, "4"), (MEMORY_MIB, "1024"), (UPPER_MIB, "64"), (CONTAINER_MIB, "1")];
+        let wishes = Wishes {
+            vcpus: Some(4),
+            memory_mib: Some(1024),
+            upper_mib: Some(64),
+            container_mib: Some(1),
+            kernel: None,
+        };
         assert_eq!(read(&sizes), Ok(wishes));
         let text = read(&[("io.nacelle.vcpu", "4")]).expect_err("misspelt").to_string();
         assert_eq!(text, "read annotation \"io.nacelle.vcpu\": nacelle knows no such annotation");

@@ -15,7 +15,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nacelle_protocol::vm::{Landlock, Seccomp};
+use nacelle_protocol::vm::{Landlock, Network, Seccomp};
 use serde::Deserialize;
 use thiserror::Error;
 
@@ -106,6 +106,7 @@ struct Document {
 #[serde(deny_unknown_fields, default)]
 struct VmTable {
     kernel: Option<PathBuf>,
+    host_network_kernel: Option<PathBuf>,
     vmm: Option<PathBuf>,
     agent: Option<PathBuf>,
     vcpus: u8,
@@ -119,6 +120,7 @@ impl Default for VmTable {
     fn default() -> Self {
         Self {
             kernel: None,
+            host_network_kernel: None,
             vmm: None,
             agent: None,
             vcpus: 1,
@@ -135,11 +137,12 @@ impl Default for VmTable {
 struct RootfsTable {
     dir: PathBuf,
     upper_mib: u64,
+    container_mib: u64,
 }
 
 impl Default for RootfsTable {
     fn default() -> Self {
-        Self { dir: "/var/lib/nacelle".into(), upper_mib: 10 * 1024 }
+        Self { dir: "/var/lib/nacelle".into(), upper_mib: 10 * 1024, container_mib: 0 }
     }
 }
 
@@ -217,6 +220,8 @@ impl Idmap {
 pub struct Config {
     /// Configured guest kernel.
     pub kernel: Option<PathBuf>,
+    /// Configured guest kernel of containers that use the host's network.
+    pub host_network_kernel: Option<PathBuf>,
     /// Configured VMM.
     pub vmm: Option<PathBuf>,
     /// Configured agent.
@@ -235,6 +240,8 @@ pub struct Config {
     pub data_dir: PathBuf,
     /// Size of a pod's upper; MiB.
     pub upper_mib: u64,
+    /// Most that one container may write of it; MiB, 0 for all.
+    pub container_mib: u64,
     /// First id of the first pod.
     pub uid_base: u32,
     /// RLIMIT_NOFILE of a VMM.
@@ -320,6 +327,7 @@ fn parse(text: &str, origin: &str) -> Result<Config, ConfigError> {
     let Document { vm, rootfs, jail, annotations, log } = document;
     let config = Config {
         kernel: vm.kernel,
+        host_network_kernel: vm.host_network_kernel,
         vmm: vm.vmm,
         agent: vm.agent,
         vcpus: vm.vcpus,
@@ -329,6 +337,7 @@ fn parse(text: &str, origin: &str) -> Result<Config, ConfigError> {
         kernel_args: vm.kernel_args,
         data_dir: rootfs.dir,
         upper_mib: rootfs.upper_mib,
+        container_mib: rootfs.container_mib,
         uid_base: jail.uid_base,
         max_files: jail.max_files,
         idmap: jail.idmap,
@@ -357,6 +366,8 @@ impl Config {
         }
         check(self.data_dir.is_absolute(), "rootfs.dir", &self.data_dir.display(), "an absolute path")?;
         check((64..=1 << 24).contains(&self.upper_mib), "rootfs.upper_mib", &self.upper_mib, "64 to 16777216")?;
+        let fits = self.container_mib <= self.upper_mib;
+        check(fits, "rootfs.container_mib", &self.container_mib, "at most rootfs.upper_mib")?;
         let uid_ok = self.uid_base >= UIDS_PER_POD && self.uid_base.is_multiple_of(UIDS_PER_POD);
         check(uid_ok, "jail.uid_base", &self.uid_base, "a multiple of 65536, not zero")?;
         check((1024..=1 << 20).contains(&self.max_files), "jail.max_files", &self.max_files, "1024 to 1048576")?;
@@ -375,18 +386,31 @@ impl Config {
         )
     }
 
-    /// Finds the files that a VM is made of, and checks that this host can run one. `exe` is the shim's own path, `kvm`
-    /// the device.
+    /// Finds the files that a VM with this network is made of, and checks that this host can run one. `exe` is the shim's
+    /// own path, `kvm` the device.
+    ///
+    /// The host's network comes to a guest by libkrun's TSI, which is part of libkrunfw's kernel only.
     ///
     /// # Errors
     /// [`ConfigError`] says what is missing, where it was looked for, and what to do about it.
-    pub fn programs(&self, exe: &Path, kvm: &Path) -> Result<Programs, ConfigError> {
+    pub fn programs(&self, exe: &Path, kvm: &Path, network: &Network) -> Result<Programs, ConfigError> {
         let beside = exe.parent().and_then(Path::parent).map(|prefix| prefix.join("libexec/nacelle"));
         let mut libexec: Vec<PathBuf> = beside.into_iter().collect();
         libexec.extend(["/usr/local/libexec/nacelle".into(), "/usr/libexec/nacelle".into()]);
         let share: Vec<PathBuf> = vec!["/usr/local/share/nacelle".into(), "/usr/share/nacelle".into()];
         let programs = Programs {
-            kernel: find("guest kernel", "kernel", self.kernel.as_deref(), &share, "vmlinux")?,
+            kernel: match network {
+                Network::Host => find(
+                    "guest kernel with TSI (libkrunfw's), which a container on the host's network needs",
+                    "host_network_kernel",
+                    self.host_network_kernel.as_deref(),
+                    &share,
+                    "vmlinux-libkrunfw",
+                )?,
+                Network::New | Network::Join(_) => {
+                    find("guest kernel", "kernel", self.kernel.as_deref(), &share, "vmlinux")?
+                }
+            },
             vmm: find("VMM", "vmm", self.vmm.as_deref(), &libexec, "nacelle-vmm")?,
             agent: find("agent", "agent", self.agent.as_deref(), &libexec, "nacelle-agent")?,
         };
@@ -444,7 +468,7 @@ mod tests {
             })
             .collect();
         let config = parse(&spelled, "spelled out").expect("parse");
-        assert_eq!(Config { kernel: None, vmm: None, agent: None, ..config }, defaults);
+        assert_eq!(Config { kernel: None, host_network_kernel: None, vmm: None, agent: None, ..config }, defaults);
     }
 
     #[test]
@@ -483,13 +507,13 @@ mod tests {
         let kernel = dir.path().join("vmlinux");
         let mut config = parse("", "").expect("defaults");
         config.kernel = Some(kernel.clone());
-        let text = config.programs(&exe, Path::new(KVM)).expect_err("missing").to_string();
+        let text = config.programs(&exe, Path::new(KVM), &Network::New).expect_err("missing").to_string();
         assert!(text.contains("guest kernel") && text.contains("vmlinux") && text.contains("vm.kernel"), "{text}");
         std::fs::write(&kernel, b"MZ..").expect("write");
         let vmm = dir.path().join("vmm");
         config.vmm = Some(vmm.clone());
         let kvm = dir.path().join("kvm");
-        let programs = |config: &Config| config.programs(&exe, &kvm);
+        let programs = |config: &Config| config.programs(&exe, &kvm, &Network::New);
         assert!(matches!(programs(&config), Err(ConfigError::Missing { what: "VMM", .. })));
         std::fs::write(&vmm, b"").expect("write");
         config.agent = Some(kernel.clone());
@@ -498,5 +522,11 @@ mod tests {
         assert!(matches!(programs(&config), Err(ConfigError::Kvm(_))));
         std::fs::write(&kvm, b"").expect("write");
         assert_eq!(programs(&config).expect("complete").vmm, vmm);
+        let tsi = dir.path().join("vmlinux-libkrunfw");
+        config.host_network_kernel = Some(tsi.clone());
+        let text = config.programs(&exe, &kvm, &Network::Host).expect_err("missing").to_string();
+        assert!(text.contains("TSI") && text.contains("vm.host_network_kernel"), "{text}");
+        std::fs::copy(&kernel, &tsi).expect("copy");
+        assert_eq!(config.programs(&exe, &kvm, &Network::Host).expect("complete").kernel, tsi);
     }
 }

@@ -58,6 +58,8 @@ const MAX_EVENTS: usize = 4096;
 /// Events that may come at once, and how many a second from then on. A guest cannot start processes that fast.
 const EVENT_BURST: u32 = 8192;
 const EVENT_RATE: u32 = 1024;
+/// Most features of a guest's kernel that are listened to.
+const MAX_FEATURES: usize = 64;
 /// Type of the metrics that are passed on: the guest has cgroup v2, whatever the host has.
 pub const STATS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
 
@@ -109,6 +111,22 @@ pub enum GuestEvent {
     Exit(ProcessKey, u32),
     /// A container ran out of memory.
     Oom(ContainerId),
+}
+
+/// What the guest says of its kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kernel {
+    /// Its release, as `uname -r` has it.
+    pub release: String,
+    /// What it has, by the names of [`nacelle_protocol::features`].
+    pub features: Vec<String>,
+}
+
+impl Kernel {
+    /// Whether it has the feature of that name.
+    pub fn has(&self, name: &str) -> bool {
+        self.features.iter().any(|feature| feature == name)
+    }
 }
 
 /// The guest's services.
@@ -182,11 +200,11 @@ impl Guest {
         }
     }
 
-    /// Tells the guest where its shares and its disk are, and what time it is; returns its kernel's release.
+    /// Tells the guest where its shares and its disk are, and what time it is; returns what it says of its kernel.
     ///
     /// # Errors
     /// [`GuestError`].
-    pub async fn configure(&self, hostname: &str, volumes: bool) -> Result<String, GuestError> {
+    pub async fn configure(&self, hostname: &str, volumes: bool) -> Result<Kernel, GuestError> {
         let share = |tag: &str, target: &str, read_only| Share {
             tag: tag.to_owned(),
             target: target.to_owned(),
@@ -205,9 +223,11 @@ impl Guest {
             ..ConfigureRequest::default()
         };
         let response = ask("configure guest", self.agent.configure(soon(), &request)).await?;
-        let version: String = response.version.chars().filter(|c| c.is_ascii_graphic()).take(32).collect();
-        let kernel: String = response.kernel.chars().filter(|c| c.is_ascii_graphic()).take(64).collect();
-        tracing::info!("guest is up: agent {version}, kernel {kernel}");
+        let short = |text: &str, most| text.chars().filter(char::is_ascii_graphic).take(most).collect::<String>();
+        let version = short(&response.version, 32);
+        let features = response.features.iter().take(MAX_FEATURES).map(|name| short(name, 32)).collect();
+        let kernel = Kernel { release: short(&response.kernel, 64), features };
+        tracing::info!("guest is up: agent {version}, kernel {} with {}", kernel.release, kernel.features.join(", "));
         if !response.follows_host_clock {
             tokio::spawn(keep_time(self.agent.clone()));
         }

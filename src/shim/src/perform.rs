@@ -95,7 +95,7 @@ pub async fn create_first(
     }
     let wishes = config.annotations.read(bundle.annotations())?;
     config.kernel = wishes.kernel.clone().or(config.kernel);
-    let programs = config.programs(&env.exe, &env.kvm)?;
+    let programs = config.programs(&env.exe, &env.kvm, &bundle.network)?;
     let translation = spec::translate(&bundle.spec, &id, None)?;
     log_dropped(&id, &translation.dropped);
     let rootfs = plan::plan(&request.rootfs)?;
@@ -198,6 +198,7 @@ async fn finish(
 ) -> Result<Created, TaskError> {
     let pid = pod.vm.pid();
     let hooks = bundle.hooks().cloned();
+    let limit = pod.host.upper_limit(pod.host.policy().read(bundle.annotations())?.container_mib)?;
     let mut local = Local {
         hooks,
         version: bundle.spec.version().clone(),
@@ -215,7 +216,7 @@ async fn finish(
         hooks::run("prestart", hooks.prestart().as_ref(), &state).await?;
         hooks::run("createRuntime", hooks.create_runtime().as_ref(), &state).await?;
     }
-    let container = Container { spec, rootfs: Rootfs { lowers: layers? } };
+    let container = Container { spec, rootfs: Rootfs { lowers: layers?, upper_bytes: limit } };
     let create = async { Ok::<_, TaskError>(pod.guest.create(&id, &container, wanted.terminal, io.names()).await?) };
     let asked = Instant::now();
     local.guest_pid = pod.while_alive(create).await?;

@@ -15,8 +15,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nacelle_protocol::features;
 use nacelle_protocol::ids::SandboxId;
-use nacelle_protocol::vm::{AGENT_NAME, MOUNT_POINTS};
+use nacelle_protocol::vm::{AGENT_NAME, MOUNT_POINTS, Network};
 use nacelle_rootfs::cache::{Cache, CacheError};
 use nacelle_rootfs::plan::RootfsPlan;
 use nacelle_rootfs::{Limits, program, upper};
@@ -26,7 +27,7 @@ use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-use crate::annotations::Policy;
+use crate::annotations::{AnnotationError, CONTAINER_MIB, Policy, refuse};
 use crate::bundle::Bundle;
 use crate::cgroup::{self, CgroupError};
 use crate::conduct::Conduct;
@@ -96,6 +97,17 @@ pub enum PodError {
         seconds: u64,
         /// What log and console say.
         words: String,
+    },
+    /// A kernel that cannot do what libkrunfw's can.
+    #[error(
+        "lend the host's network: guest kernel {kernel} ({release}) has no TSI; libkrunfw's has, and \
+         vm.host_network_kernel names it"
+    )]
+    NoHostNetwork {
+        /// The kernel's file.
+        kernel: PathBuf,
+        /// What the guest says it is.
+        release: String,
     },
     /// A thread for blocking work is gone.
     #[error("{0}: worker thread failed")]
@@ -248,6 +260,21 @@ impl Host {
         self.config.idmap
     }
 
+    /// Most bytes that a container may write: what the configuration says, or less where its annotation does.
+    ///
+    /// # Errors
+    /// [`AnnotationError`] where the annotation says more.
+    pub fn upper_limit(&self, wished_mib: Option<u64>) -> Result<Option<u64>, AnnotationError> {
+        let most = Some(self.config.container_mib).filter(|mib| *mib > 0);
+        match (wished_mib, most) {
+            (Some(wish), Some(most)) if wish > most => {
+                let reason = format!("rootfs.container_mib in nacelle's configuration is {most}");
+                Err(refuse(CONTAINER_MIB, &wish.to_string(), reason))
+            }
+            (wish, most) => Ok(wish.or(most).map(|mib| mib << 20)),
+        }
+    }
+
     fn uid(&self) -> u32 {
         self.slot.first(self.config.uid_base)
     }
@@ -382,11 +409,15 @@ impl Pod {
             let dialled = Instant::now();
             let kernel = guest.configure(bundle.spec.hostname().as_deref().unwrap_or_default(), volumes).await?;
             record.phase("configure", dialled);
+            if bundle.network == Network::Host && !kernel.has(features::HOST_NETWORK) {
+                return Err(PodError::NoHostNetwork { kernel: programs.kernel.clone(), release: kernel.release });
+            }
             record.set(|status| {
                 status.vmm_pid = vm.pid();
                 status.vcpus = size.vcpus;
                 status.memory_mib = size.memory_mib;
-                status.guest_kernel = kernel;
+                status.guest_kernel = kernel.release;
+                status.kernel_features = kernel.features;
                 status.degraded = vm.degraded();
             });
             Ok::<_, PodError>(guest)

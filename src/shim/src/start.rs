@@ -16,6 +16,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use nacelle_protocol::vm::Network;
 use rustix::fs::Mode;
 use thiserror::Error;
 
@@ -97,7 +98,7 @@ pub fn run(args: &Args) -> Result<Vec<u8>, StartError> {
     } else {
         let exe = std::env::current_exe().map_err(io_error("find", Path::new("/proc/self/exe")))?;
         // Found out here, what is missing is told to the one who asked; the server has nobody to tell.
-        start.origin.load()?.programs(&exe, Path::new(KVM))?;
+        start.origin.load()?.programs(&exe, Path::new(KVM), &Network::New)?;
         if let Some(listener) = listen(&path)? {
             spawn_server(&exe, args, &start, listener).inspect_err(|_| drop(fs::remove_file(&path)))?;
         }

@@ -123,14 +123,14 @@ pub fn size(bundle: &Bundle, config: &Config, host_cpus: usize, wishes: &Wishes)
     let cpu = resources.and_then(|r| r.cpu().as_ref());
     let quota = bundle.pod.cpu_quota.or(cpu.and_then(|c| c.quota())).and_then(|q| u64::try_from(q).ok());
     let period = bundle.pod.cpu_period.or(cpu.and_then(|c| c.period())).filter(|p| *p > 0).unwrap_or(100_000);
-    let wanted = quota.filter(|q| *q > 0).map_or(config.vcpus.into(), |quota| quota.div_ceil(period));
     let most = host_cpus.clamp(1, 255) as u64;
     let vcpus = match wishes.vcpus {
         Some(wish) if u64::from(wish) > most => {
             return Err(refuse(VCPUS, &wish.to_string(), format!("the host has {most} CPUs")));
         }
         Some(wish) => wish,
-        None => wanted.clamp(1, most) as u8,
+        // What the operator has written down is taken as it is; what a pod may use is bounded by what there is.
+        None => quota.filter(|q| *q > 0).map_or(config.vcpus, |quota| quota.div_ceil(period).clamp(1, most) as u8),
     };
 
     let upper_mib = wishes.upper_mib.unwrap_or(config.upper_mib);
