@@ -68,6 +68,24 @@ pub fn number(message: &[u8], field: u32) -> Result<u64, CallError> {
     Ok(found)
 }
 
+/// The bytes in a field of a message, the last where there are several.
+///
+/// # Errors
+/// The bytes are no message, or the field is not there.
+pub fn bytes(message: &[u8], field: u32) -> Result<Vec<u8>, CallError> {
+    let mut input = protobuf::CodedInputStream::from_bytes(message);
+    let mut found = None;
+    while let Some(tag) = input.read_raw_tag_or_eof()? {
+        match (tag >> 3, tag & 7) {
+            (n, 2) if n == field => found = Some(input.read_bytes()?),
+            (_, 0) => drop(input.read_raw_varint64()?),
+            (_, 2) => drop(input.read_bytes()?),
+            (n, kind) => return Err(format!("field {n} has kind {kind}").into()),
+        }
+    }
+    found.ok_or_else(|| format!("field {field} is not there").into())
+}
+
 /// Calls a method such as `/containerd.services.tasks.v1.Tasks/Wait` in a namespace of the containerd behind `socket`.
 ///
 /// # Errors

@@ -265,7 +265,9 @@ impl Node {
     /// Every shim reads it anew when it starts. Machines may be emulated and slow, so the time to boot is long.
     fn write_configuration(&self, data: &Path, lines: &str) {
         let boot = if lines.contains("boot_timeout") { "" } else { "vm.boot_timeout_seconds = 120\n" };
-        let text = format!("rootfs.dir = {data:?}\nlog.level = \"debug\"\n{boot}{lines}\n");
+        let vcpus = env::var("NACELLE_VCPUS").ok().filter(|n| !n.is_empty() && !lines.contains("vm.vcpus"));
+        let vcpus = vcpus.map(|n| format!("vm.vcpus = {n}\n")).unwrap_or_default();
+        let text = format!("rootfs.dir = {data:?}\nlog.level = \"debug\"\n{boot}{vcpus}{lines}\n");
         fs::write(self.path("nacelle.toml"), text).expect("write nacelle's configuration");
     }
 

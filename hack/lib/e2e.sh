@@ -10,7 +10,7 @@ e2e_payload() {
     cargo build --quiet --package hostile-guest || return
     strip -o "$dir/hostile-guest" "$(dirname "$(dirname "$program")")/hostile-guest" || return
     mkdir "$dir/images" || return
-    for image in busybox layers-30 layers-100 debian-python; do
+    for image in busybox layers-30 layers-100 debian-python debian-tools; do
         cp --reflink=auto "$("$HACK/images" "$image")" "$dir/images/" || return
     done
 }

@@ -3,6 +3,7 @@
 //!
 //! Environment: `NACELLE_CONTAINERD` (`1.7` or `2.1`), `NACELLE_CONTAINERD_BIN` (directory of the binaries instead),
 //! `NACELLE_RUNTIME` (the runtime under test), `NACELLE_IMAGES` (directory of the image archives), `NACELLE_E2E_DIR`,
+//! `NACELLE_KERNEL` (`own` or `libkrunfw`), `NACELLE_VCPUS` (of every machine),
 //! `NACELLE_SLOWNESS` (how much slower than an idle machine this one is).
 //!
 //! The harness is libtest-mimic, as two things are beyond the standard one: containerd must end with the tests, and
@@ -15,6 +16,7 @@ mod events;
 mod hooks;
 mod hostile;
 mod jail;
+mod kernel;
 mod lifecycle;
 mod load;
 mod network;
@@ -69,6 +71,7 @@ const THEMES: &[(&str, &[Case])] = &[
     ("hostile", hostile::CASES),
     ("jail", jail::CASES),
     ("network", network::CASES),
+    ("kernel", kernel::CASES),
     ("load", load::CASES),
 ];
 

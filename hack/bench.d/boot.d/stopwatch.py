@@ -36,7 +36,7 @@ class Run:
         self.total = (end - self.started) / NS_PER_MI
         self.output = output.decode(errors="replace")
         os.lseek(errors, 0, os.SEEK_SET)
-        said = os.read(errors, 1 << 16).decode(errors="replace")
+        said = self.errors = os.read(errors, 1 << 20).decode(errors="replace")
         os.close(errors)
         if process.returncode != 0 or (want is not None and self.output.strip() != want):
             raise Failed(f"{' '.join(argv)}: exit code {process.returncode}, {self.output!r}, {said!r}")

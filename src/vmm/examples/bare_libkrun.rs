@@ -1,7 +1,8 @@
 //! libkrun without nacelle around it: no shim, no jail, no shares, no disks. `hack/bench boot` measures against it.
 //!
-//! `bare_libkrun KERNEL IMAGE VCPUS MIB` boots an image's program as PID 1 the way `nacelle-vmm` boots its agent (same calls,
-//! same command line, same kernel), waits for the first byte on the guest's console, and prints four durations in nanoseconds:
+//! `bare_libkrun KERNEL IMAGE VCPUS MIB [WORD…]` boots IMAGE as PID 1 the way `nacelle-vmm` boots its agent (same calls,
+//! same command line, with the words behind it), waits for the first byte on the guest's console, and prints four
+//! durations in nanoseconds, and on standard error what the guest said:
 //!
 //! ```text
 //!  spawn ─► main ─► krun_start_enter ─► first byte of the guest ─► end of the process
@@ -11,7 +12,7 @@
 //! It starts itself again for the machine, because libkrun ends the process that calls it.
 
 use std::env;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -31,11 +32,11 @@ const MACHINE: &str = "BARE_LIBKRUN_MACHINE";
 fn main() -> Result<(), Failure> {
     let start = now();
     let words: Vec<String> = env::args().skip(1).collect();
-    let [kernel, image, vcpus, mib] = words.as_slice() else {
-        return Err("usage: bare_libkrun KERNEL IMAGE VCPUS MIB".into());
+    let [kernel, image, vcpus, mib, kernel_args @ ..] = words.as_slice() else {
+        return Err("usage: bare_libkrun KERNEL IMAGE VCPUS MIB [WORD…]".into());
     };
     if env::var_os(MACHINE).is_some() {
-        return machine(start, kernel, image, vcpus.parse()?, mib.parse()?);
+        return machine(start, config(kernel, image, vcpus.parse()?, mib.parse()?, kernel_args)?);
     }
     watch(&words)
 }
@@ -54,8 +55,11 @@ fn watch(words: &[String]) -> Result<(), Failure> {
     let mut child = command.spawn()?;
     // The write end, or the console would never end.
     drop(command);
-    let read = console.read(&mut [0])?;
+    let mut words = vec![0];
+    let read = console.read(&mut words)?;
     let first = now();
+    // A guest that says more than a pipe holds would wait for ever.
+    console.read_to_end(&mut words)?;
     let status = child.wait()?;
     let end = now();
     let mut said = String::new();
@@ -67,20 +71,21 @@ fn watch(words: &[String]) -> Result<(), Failure> {
     if read != 1 || !status.success() {
         return Err(format!("the guest wrote {read} bytes and the machine ended with {status}").into());
     }
+    std::io::stderr().write_all(&words)?;
     println!("{} {} {} {}", main - spawn, enter - main, first - enter, end - first);
     Ok(())
 }
 
-fn machine(start: u128, kernel: &str, image: &str, vcpus: u8, memory_mib: u32) -> Result<(), Failure> {
-    let mut machine = Plan::new(&config(kernel, image, vcpus, memory_mib)?)?.machine;
+fn machine(start: u128, config: VmConfig) -> Result<(), Failure> {
+    let mut machine = Plan::new(&config)?.machine;
     // Without a jail files keep their names.
-    machine.kernel = kernel.to_owned();
-    machine.root.path = image.to_owned();
+    machine.kernel = config.kernel.display().to_string();
+    machine.root.path = config.agent.display().to_string();
     println!("{start} {}", now());
     match Vm::new(machine).start()? {}
 }
 
-fn config(kernel: &str, image: &str, vcpus: u8, memory_mib: u32) -> Result<VmConfig, Failure> {
+fn config(kernel: &str, image: &str, vcpus: u8, memory_mib: u32, args: &[String]) -> Result<VmConfig, Failure> {
     Ok(VmConfig {
         generation: GENERATION,
         sandbox: SandboxId::new("bare")?,
@@ -88,7 +93,7 @@ fn config(kernel: &str, image: &str, vcpus: u8, memory_mib: u32) -> Result<VmCon
         memory_mib,
         kernel: kernel.into(),
         agent: image.into(),
-        kernel_args: Vec::new(),
+        kernel_args: args.to_vec(),
         shares: Vec::new(),
         disks: Vec::new(),
         sockets: Vec::new(),

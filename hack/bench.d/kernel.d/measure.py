@@ -1,0 +1,156 @@
+#!/usr/bin/python3
+"""Measures two guest kernels inside the testbed, beside a containerd: measure.py [--repeat N] [--only PART…]
+
+All numbers but sizes are million executed instructions of the whole machine (Mi). In each round both kernels have their
+turn at every shape; the first round warms caches up and does not count.
+"""
+
+import argparse
+import glob
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+from peers import Bare, Containerd, Nacelle
+from stopwatch import NS_PER_MI, Failed, Run, Trace
+from table import Table
+
+PAYLOAD = os.path.dirname(os.path.abspath(__file__))
+KERNELS = ["libkrunfw", "own"]
+SHAPES = [(1, 128), (2, 128), (4, 128), (1, 512), (1, 1024), (1, 4096)]
+POD = "pod"
+CHANCES = 3
+# Long enough for free pages to be reported to the host (mm/page_reporting.c: two seconds after they came free).
+SETTLE_S = 10
+
+
+def image(kernel):
+    return f"{PAYLOAD}/vmlinux-{kernel}"
+
+
+class Machine(Nacelle):
+    """nacelle with a kernel and a shape."""
+
+    def __init__(self, kernel, vcpus, memory_mib):
+        config = f"/run/bench-{kernel}-{vcpus}-{memory_mib}.toml"
+        with open(config, "w") as file:
+            file.write(f'[vm]\nkernel = "{image(kernel)}"\nvcpus = {vcpus}\nmemory_mib = {memory_mib}\n')
+            file.write("boot_timeout_seconds = 10\n")
+        Containerd.__init__(self, "io.containerd.nacelle.v2", config)
+
+    def ready(self):
+        """From the VMM's start to the agent's first word."""
+        self.pod(POD)
+        phases = self.phases()
+        self.end(POD)
+        return sum(phases["boot"]) - phases["jail"][0]
+
+    def true(self):
+        """From the VMM's start to the return of `ctr run … /bin/true`: the VM is gone then."""
+        with Trace() as trace:
+            run = self.run(command=["/bin/true"], want="")
+        began = next(at for at, program, _ in trace.since(run.started) if program == "nacelle-vmm")
+        return run.total - began
+
+    def memory(self):
+        """Bytes that an idle pod's VMM has for itself alone."""
+        self.pod(POD)
+        time.sleep(SETTLE_S)
+        (status,) = glob.glob("/run/nacelle/default/*/status.json")
+        with open(status) as file:
+            pid = json.load(file)["vmm_pid"]
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            kib = {key: int(value) for key, value in re.findall(r"^(\w+): +(\d+) kB$", file.read(), re.MULTILINE)}
+        self.end(POD)
+        return (kib["Private_Clean"] + kib["Private_Dirty"]) / 1024
+
+
+def rounds(repeat, turn):
+    """Calls `turn`, a generator of (table, row, value), once more than it counts, and again when a machine hangs."""
+    tables = {}
+    for number in range(-1, repeat):
+        for chance in range(CHANCES):
+            try:
+                values = list(turn())
+                break
+            except Failed as failure:
+                print(f"round repeated: {failure}", file=sys.stderr)
+                Containerd.clear()
+        else:
+            sys.exit(f"given up after {CHANCES} failures")
+        for table, row, value in values:
+            tables[id(table)] = table
+            if number >= 0:
+                table.add(row, value)
+    for table in tables.values():
+        table.show()
+
+
+def boot(repeat):
+    tables = {
+        "pid1": "VMM start → PID 1 (bare libkrun)",
+        "ready": "VMM start → agent ready (nacelle)",
+        "true": "VMM start → end of `ctr run /bin/true` (nacelle)",
+    }
+    tables = {
+        name: {shape: Table(f"{title}, {shape[0]} vCPU, {shape[1]} MiB", "libkrunfw") for shape in SHAPES}
+        for name, title in tables.items()
+    }
+
+    def turn():
+        for shape in SHAPES:
+            for kernel in KERNELS:
+                main, enter, first, _ = Bare(PAYLOAD, *shape, kernel=image(kernel)).boot()
+                yield tables["pid1"][shape], kernel, main + enter + first
+                machine = Machine(kernel, *shape)
+                yield tables["ready"][shape], kernel, machine.ready()
+                yield tables["true"][shape], kernel, machine.true()
+
+    rounds(repeat, turn)
+    base = (1, 128)
+    print("\nour own kernel against itself at 1 vCPU and 128 MiB")
+    for name, of in tables.items():
+        ratios = (f"{s[0]} × {s[1]} MiB {of[s].median('own') / of[base].median('own'):.2f}" for s in SHAPES if s != base)
+        print(f"  {name:<6} {', '.join(ratios)}")
+
+
+def memory(repeat):
+    size = Table("size of the image, MiB", "libkrunfw")
+    idle = Table("private memory of an idle pod's VMM, 1 vCPU, 512 MiB, MiB", "libkrunfw")
+
+    def turn():
+        for kernel in KERNELS:
+            yield size, kernel, os.stat(image(kernel)).st_size / (1 << 20)
+            yield idle, kernel, Machine(kernel, 1, 512).memory()
+
+    rounds(repeat, turn)
+
+
+def waits(_):
+    """The kernel's own account of its boot, in Mi since its clock began."""
+    args = ["initcall_debug", "loglevel=8", "log_buf_len=1M"]
+    said = Bare(PAYLOAD, kernel=image("own"), args=args).console()
+    calls = re.findall(r"\[ *(\d+\.\d+)\] initcall (\w+)\S* returned -?\d+ after (\d+) usecs", said)
+    print("\ninitcalls of our own kernel that take longest, Mi")
+    for at, name, took in sorted(calls, key=lambda call: -int(call[2]))[:12]:
+        print(f"  {int(took) / 1000:7.1f}  {name} (at {float(at) * 1000:.1f})")
+    found = re.search(r"\[ *(\d+\.\d+)\] Run /init", said)
+    print(f"  PID 1 is executed {float(found[1]) * 1000:.1f} Mi after the clock began" if found else said[-2000:])
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeat", type=int, default=3)
+    parts = {"memory": memory, "waits": waits, "boot": boot}
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
+    options = parser.parse_args()
+    subprocess.run(["ctr", "image", "import", f"{PAYLOAD}/busybox.tar"], check=True, stdout=subprocess.DEVNULL)
+    for part in options.only:
+        parts[part](options.repeat)
+
+
+if __name__ == "__main__":
+    main()
