@@ -43,25 +43,37 @@ class Run:
 
 
 class Trace:
-    """What was executed meanwhile: the kernel's sched_process_exec events. One costs a few thousand instructions."""
+    """What happened meanwhile, by the kernel's trace events; by default what was executed. An event costs a few thousand
+    instructions."""
 
     EVENT = re.compile(r"-(\d+) .* (\d+)\.(\d{6}): sched_process_exec: filename=(\S+) ")
+
+    def __init__(self, events=("sched/sched_process_exec",)):
+        self.events = events
 
     def __enter__(self):
         self.write("trace_clock", "mono")
         self.write("trace", "")
-        self.write("events/sched/sched_process_exec/enable", "1")
+        for event in self.events:
+            self.write(f"events/{event}/enable", "1")
         return self
 
     def __exit__(self, *_):
-        self.write("events/sched/sched_process_exec/enable", "0")
+        for event in self.events:
+            self.write(f"events/{event}/enable", "0")
         with open(TRACING + "trace") as trace:
-            found = self.EVENT.findall(trace.read())
+            self.text = trace.read()
+        found = self.EVENT.findall(self.text)
         self.steps = [(int(s) * 10**9 + int(us) * 1000, os.path.basename(path), int(pid)) for pid, s, us, path in found]
 
     def since(self, origin_ns):
         """(Mi after `origin_ns`, program, process id) of each."""
         return [((at - origin_ns) / NS_PER_MI, program, pid) for at, program, pid in self.steps]
+
+    def raw(self, pattern):
+        """(ns, group, group) of each event that matches."""
+        found = re.findall(r"-\d+ .* (\d+)\.(\d{6}): " + pattern, self.text)
+        return [(int(s) * 10**9 + int(us) * 1000, *groups) for s, us, *groups in found]
 
     @staticmethod
     def write(name, text):

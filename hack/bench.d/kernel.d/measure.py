@@ -129,16 +129,45 @@ def memory(repeat):
     rounds(repeat, turn)
 
 
+def symbols():
+    """Names of the image's functions by address: it has none itself, and prints addresses."""
+    with open(f"{PAYLOAD}/System.map") as lines:
+        return {int(address, 16): name for address, kind, name in map(str.split, lines) if kind in "tT"}
+
+
 def waits(_):
-    """The kernel's own account of its boot, in Mi since its clock began."""
+    """The kernel's own account of its boot, in Mi since its clock began, with what it waits for under KVM's eyes."""
     args = ["initcall_debug", "loglevel=8", "log_buf_len=1M"]
     said = Bare(PAYLOAD, kernel=image("own"), args=args).console()
-    calls = re.findall(r"\[ *(\d+\.\d+)\] initcall (\w+)\S* returned -?\d+ after (\d+) usecs", said)
-    print("\ninitcalls of our own kernel that take longest, Mi")
-    for at, name, took in sorted(calls, key=lambda call: -int(call[2]))[:12]:
-        print(f"  {int(took) / 1000:7.1f}  {name} (at {float(at) * 1000:.1f})")
+    calls = re.findall(r"\[ *(\d+\.\d+)\] initcall (0x\w+) returned -?\d+ after (\d+) usecs", said)
+    names = symbols()
+    print(f"\ninitcalls of our own kernel, {sum(int(call[2]) for call in calls) / 1000:.1f} Mi in all; those that take longest")
+    for at, address, took in sorted(calls, key=lambda call: -int(call[2]))[:12]:
+        print(f"  {int(took) / 1000:7.1f}  {names.get(int(address, 16), address)} (done at {float(at) * 1000:.1f})")
     found = re.search(r"\[ *(\d+\.\d+)\] Run /init", said)
     print(f"  PID 1 is executed {float(found[1]) * 1000:.1f} Mi after the clock began" if found else said[-2000:])
+    exits()
+
+
+def exits():
+    """What the host does for one boot of each kernel, by KVM's trace: how often, and how long in all."""
+    events = ["kvm/kvm_entry", "kvm/kvm_exit", "kvm/kvm_page_fault"]
+    for kernel in KERNELS:
+        with Trace(events) as trace:
+            Bare(PAYLOAD, kernel=image(kernel)).boot()
+        spent, regions, left = {}, set(), None
+        for at, event, rest in trace.raw(r"(kvm_\w+): (.*)"):
+            if event == "kvm_page_fault":
+                regions.add(int(re.search(r"address (?:0x)?([0-9a-f]+)", rest)[1], 16) >> 21)
+            elif event == "kvm_exit":
+                left = at, re.search(r"reason (\S+)", rest)[1]
+            elif left:
+                count, total = spent.get(left[1], (0, 0))
+                spent[left[1]] = count + 1, total + (at - left[0]) / NS_PER_MI
+                left = None
+        print(f"\nwhat the host does for the guest of {kernel}'s kernel: exits, Mi; {len(regions)} regions of 2 MiB are touched")
+        for reason, (count, total) in sorted(spent.items(), key=lambda item: -item[1][1])[:6]:
+            print(f"  {reason:<12} {count:6} {total:8.1f}")
 
 
 def main():
