@@ -394,10 +394,10 @@ impl Config {
     /// # Errors
     /// [`ConfigError`] says what is missing, where it was looked for, and what to do about it.
     pub fn programs(&self, exe: &Path, kvm: &Path, network: &Network) -> Result<Programs, ConfigError> {
-        let beside = exe.parent().and_then(Path::parent).map(|prefix| prefix.join("libexec/nacelle"));
-        let mut libexec: Vec<PathBuf> = beside.into_iter().collect();
-        libexec.extend(["/usr/local/libexec/nacelle".into(), "/usr/libexec/nacelle".into()]);
-        let share: Vec<PathBuf> = vec!["/usr/local/share/nacelle".into(), "/usr/share/nacelle".into()];
+        let own = exe.parent().and_then(Path::parent);
+        let prefixes: Vec<&Path> = own.into_iter().chain([Path::new("/usr/local"), Path::new("/usr")]).collect();
+        let [libexec, share] = ["libexec/nacelle", "share/nacelle"]
+            .map(|dir| prefixes.iter().map(|prefix| prefix.join(dir)).collect::<Vec<_>>());
         let programs = Programs {
             kernel: match network {
                 Network::Host => find(
