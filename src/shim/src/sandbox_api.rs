@@ -93,7 +93,7 @@ impl Sandbox for SandboxService {
             rootfs: Vec::new(),
             io: Wanted::default(),
             origin: None,
-            sandbox: Some(sandbox),
+            sandbox: Some(Box::new(sandbox)),
         };
         self.call(&request.sandbox_id, Call::Create(create)).await?;
         *self.created() = Some(now_ns());

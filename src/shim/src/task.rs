@@ -30,7 +30,7 @@ pub struct Create {
     /// Configuration that the request names; it counts for the container that boots the VM.
     pub origin: Option<Origin>,
     /// It is a sandbox of the Sandbox API, which has no bundle of its own.
-    pub sandbox: Option<SandboxConfig>,
+    pub sandbox: Option<Box<SandboxConfig>>,
 }
 
 /// What takes the place of a bundle for a sandbox of the Sandbox API.
