@@ -21,6 +21,9 @@ use crate::limits::{self, LimitError};
 /// Where the unified hierarchy is mounted.
 pub const ROOT: &str = "/sys/fs/cgroup";
 
+/// The cgroup of all containers together; the root has no numbers.
+pub const POD: &str = "/sys/fs/cgroup/pod";
+
 /// How long processes may take to freeze, to thaw or to die.
 const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -97,7 +100,7 @@ impl Cgroup {
         let Some((leaf, ancestors)) = names.split_last().filter(|_| cgroups_path.is_absolute()) else {
             return Err(CgroupError::Path(cgroups_path.to_owned()));
         };
-        let mut path = PathBuf::from(ROOT);
+        let mut path = PathBuf::from(POD);
         for name in ancestors {
             path.push(name);
             match fs::create_dir(&path) {
@@ -113,6 +116,11 @@ impl Cgroup {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(CgroupError::Exists(path)),
             Err(error) => Err(io_error("create cgroup", &path)(error)),
         }
+    }
+
+    /// The cgroup of all containers, which is always there.
+    pub fn pod() -> Self {
+        Self { path: POD.into() }
     }
 
     /// Sets limits.
@@ -204,7 +212,7 @@ impl Cgroup {
         }
         // Ancestors that were made for this one only; the others refuse.
         let mut ancestor = self.path.as_path();
-        while let Some(parent) = ancestor.parent().filter(|parent| parent.as_os_str() != ROOT) {
+        while let Some(parent) = ancestor.parent().filter(|parent| parent.as_os_str() != POD) {
             if fs::remove_dir(parent).is_err() {
                 break;
             }
@@ -252,6 +260,19 @@ impl Cgroup {
             at += 1;
         }
         tree
+    }
+}
+
+/// Makes the guest's cgroups ready for containers.
+///
+/// # Errors
+/// [`CgroupError::Io`]
+pub fn prepare() -> Result<(), CgroupError> {
+    delegate(Path::new(ROOT))?;
+    let pod = Path::new(POD);
+    match fs::create_dir(pod) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(io_error("create cgroup", pod)(error)),
+        _ => delegate(pod),
     }
 }
 

@@ -6,6 +6,7 @@ use rustix::process::Signal;
 use rustix::termios::{Winsize, tcsetwinsize};
 use rustix_libc_wrappers::process::SignalExt as _;
 
+use crate::cgroup::Cgroup;
 use crate::guest::{Guest, GuestError, label};
 use crate::reap::Ended;
 use crate::stats::{hugepage_sizes, metrics};
@@ -130,11 +131,15 @@ impl Guest {
         })
     }
 
-    /// A container's numbers; after its end the last ones.
+    /// A container's numbers; after its end the last ones. Without an id those of all containers together.
     ///
     /// # Errors
     /// [`GuestError::NotFound`]
     pub fn stats(&self, id: &str) -> Result<Metrics, GuestError> {
+        if id.is_empty() {
+            let pod = Cgroup::pod();
+            return Ok(metrics(|file| pod.read(file), &hugepage_sizes()));
+        }
         self.with(id, |container| {
             let now = || metrics(|file| container.cgroup.read(file), &hugepage_sizes());
             Ok(container.last_stats.clone().unwrap_or_else(now))

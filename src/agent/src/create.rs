@@ -11,7 +11,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nacelle_protocol::agent::{CONTAINERS_DIR, Container as Config, Rootfs};
+use nacelle_protocol::agent::{CONTAINERS_DIR, Container as Config, Mirror, Rootfs};
 use nacelle_protocol::features;
 use nacelle_protocol::ids::ContainerId;
 use tokio::sync::oneshot;
@@ -19,6 +19,7 @@ use tokio::task::{AbortHandle, spawn_blocking};
 
 use crate::cgroup::Cgroup;
 use crate::guest::{Guest, GuestError, MAX_ENTRIES, label};
+use crate::mirror;
 use crate::mount;
 use crate::quota::Limit;
 use crate::reap::Ended;
@@ -36,6 +37,7 @@ pub fn directory(id: &str) -> PathBuf {
 /// Something done that has to be undone if a later step fails.
 enum Undo {
     Rootfs(Vec<String>),
+    Mirrors(Vec<String>),
     Cgroup(Cgroup),
 }
 
@@ -50,12 +52,13 @@ impl Guest {
         stdio::check(&names).map_err(|error| GuestError::Stdio(label(id, ""), error))?;
         let config: Config =
             serde_json::from_slice(config).map_err(|error| GuestError::Request(format!("container {id}: {error}")))?;
-        let plan =
-            spec::plan(config.spec, id, names.terminal).map_err(|error| GuestError::Spec(label(id, ""), error))?;
+        let pids = if config.pod_pids { Some(self.pod_pids().await?) } else { None };
+        let plan = spec::plan(config.spec, id, names.terminal, pids)
+            .map_err(|error| GuestError::Spec(label(id, ""), error))?;
         self.reserve(id)?;
 
         let mut undo = Vec::new();
-        let created = self.create_reserved(id, plan, config.rootfs, names, &mut undo).await;
+        let created = self.create_reserved(id, plan, config.rootfs, config.mirrors, names, &mut undo).await;
         match created {
             Ok((container, ended)) => {
                 let pid = container.init.pid;
@@ -102,6 +105,7 @@ impl Guest {
         id: &str,
         plan: Plan,
         rootfs: Rootfs,
+        mirrors: Vec<Mirror>,
         names: Names,
         undo: &mut Vec<Undo>,
     ) -> Result<(Container, oneshot::Receiver<Ended>), GuestError> {
@@ -120,6 +124,14 @@ impl Guest {
         mounted.map_err(|error| GuestError::Mount(label(id, ""), error))?;
         undo.push(Undo::Rootfs(lowers.clone()));
         let (streams, stdio) = connected?;
+        let mut volumes = Vec::new();
+        for mirror in mirrors {
+            let made = blocking(move || mirror::create(&mirror.volume, &mirror.data).map(|()| mirror.volume)).await;
+            let made =
+                made.map_err(|error| GuestError::System(format!("copy a volume of {}", label(id, "")), error))?;
+            undo.push(Undo::Mirrors(vec![made.clone()]));
+            volumes.push(made);
+        }
 
         let cgroup_error = |error| GuestError::Cgroup(label(id, ""), error);
         let cgroup = Cgroup::create(&plan.cgroup).map_err(cgroup_error)?;
@@ -127,7 +139,7 @@ impl Guest {
         if let Some(resources) = &plan.resources {
             cgroup.apply(resources).map_err(cgroup_error)?;
         }
-        set_sysctls(&plan.sysctls)?;
+        set_sysctls(plan.sysctls.iter().map(|(name, value)| (name, value)))?;
 
         let job = Job {
             id: id.to_owned(),
@@ -155,6 +167,7 @@ impl Guest {
             memory_watch: self.watch_memory(id, &cgroup),
             cgroup,
             lowers,
+            mirrors: volumes,
             defaults: plan.defaults,
             report: Some(report),
             paused: false,
@@ -235,7 +248,11 @@ impl Guest {
         };
         let container = container.ok_or_else(|| GuestError::NotFound(label(id, "")))?;
         let pid = container.init.pid;
-        let undo = vec![Undo::Rootfs(container.lowers.clone()), Undo::Cgroup(container.cgroup.clone())];
+        let undo = vec![
+            Undo::Rootfs(container.lowers.clone()),
+            Undo::Mirrors(container.mirrors.clone()),
+            Undo::Cgroup(container.cgroup.clone()),
+        ];
         drop(container);
         self.undo(id, undo).await;
         self.table().remove(id);
@@ -250,6 +267,9 @@ impl Guest {
                     if let Err(error) = cgroup.remove().await {
                         crate::say!("remove cgroup of container {id}: {}", crate::console::chain(&error));
                     }
+                }
+                Undo::Mirrors(volumes) => {
+                    blocking(move || volumes.iter().for_each(|volume| mirror::remove(volume))).await
                 }
                 Undo::Rootfs(lowers) => {
                     let (table, id) = (self.lowers.clone(), id.to_owned());
@@ -281,7 +301,11 @@ fn notify(state: PathBuf) -> Result<(), SpawnError> {
     start().map_err(|error| SpawnError::Failed(crate::console::chain(&error), String::new()))
 }
 
-fn set_sysctls(sysctls: &[(String, String)]) -> Result<(), GuestError> {
+/// Sets kernel parameters of the guest as a whole.
+///
+/// # Errors
+/// [`GuestError::System`] names the first that cannot be set.
+pub fn set_sysctls<'a>(sysctls: impl IntoIterator<Item = (&'a String, &'a String)>) -> Result<(), GuestError> {
     for (name, value) in sysctls {
         let path = Path::new("/proc/sys").join(name.replace('.', "/"));
         let plain = !name.contains("..") && !name.starts_with('/');

@@ -16,6 +16,7 @@ use crate::cpus::Cpus;
 use crate::dial::Dial;
 use crate::events::EventLog;
 use crate::mount::{Lowers, MountError};
+use crate::pod;
 use crate::reap::{Ended, Reaper};
 use crate::spawn::SpawnError;
 use crate::spec::SpecError;
@@ -93,6 +94,8 @@ pub struct Guest {
     pub cpus: Arc<Cpus>,
     /// The guest is to end.
     pub shutdown: Notify,
+    /// First process of the PID namespace that containers share, once one has asked for it.
+    pod_pids: tokio::sync::OnceCell<u32>,
     table: Mutex<Table>,
     serial: std::sync::atomic::AtomicU64,
 }
@@ -109,6 +112,7 @@ impl Guest {
             limited_disk: OnceLock::new(),
             cpus: Arc::default(),
             shutdown: Notify::new(),
+            pod_pids: tokio::sync::OnceCell::new(),
             table: Mutex::default(),
             serial: std::sync::atomic::AtomicU64::new(0),
         })
@@ -117,6 +121,20 @@ impl Guest {
     /// The table. Never hold it across an await.
     pub fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().expect("nothing panics while it holds the table of containers")
+    }
+
+    /// The first process of the PID namespace that containers share.
+    ///
+    /// # Errors
+    /// [`GuestError::System`]
+    pub async fn pod_pids(&self) -> Result<u32, GuestError> {
+        let make = || async {
+            let program = self.program.clone();
+            let made = tokio::task::spawn_blocking(move || pod::make_pid_namespace(&program)).await;
+            made.unwrap_or_else(|error| Err(std::io::Error::other(error)))
+                .map_err(|error| GuestError::System("make PID namespace of the pod".into(), error))
+        };
+        self.pod_pids.get_or_try_init(make).await.copied()
     }
 
     /// A number that no one else has.

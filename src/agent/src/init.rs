@@ -76,12 +76,13 @@ pub fn boot() -> Result<(), InitError> {
     attach("cgroup2", Path::new(cgroup::ROOT), INERT, "nsdelegate,memory_recursiveprot")?;
     attach_devices()?;
     attach_in_dev("devpts", "pts", MountFlags::NOSUID | MountFlags::NOEXEC, "gid=5,mode=0620,ptmxmode=0666")?;
-    attach_in_dev("tmpfs", "shm", INERT, "mode=1777")?;
+    // The pod's shared memory, as large as the one that containerd makes for pods.
+    attach_in_dev("tmpfs", "shm", INERT, "mode=1777,size=65536k")?;
     attach_in_dev("mqueue", "mqueue", INERT, "")?;
     attach("tmpfs", Path::new("/tmp"), SAFE, "mode=1777")?;
     fs::create_dir_all(CONTAINERS_DIR).map_err(|error| InitError::Create(CONTAINERS_DIR.into(), error))?;
 
-    cgroup::delegate(Path::new(cgroup::ROOT)).map_err(InitError::Cgroup)?;
+    cgroup::prepare().map_err(InitError::Cgroup)?;
     loopback_up().map_err(InitError::Loopback)?;
     for (name, value) in SYSCTLS {
         // A kernel that has no such setting needs none.

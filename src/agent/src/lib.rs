@@ -8,7 +8,9 @@
 //!                          │    ├ task      one container and its processes: pure state
 //!                          │    ├ spec      what libcontainer gets to see of an OCI configuration
 //!                          │    ├ mount     lowers (EROFS) and the overlay over them
+//!                          │    ├ mirror    copies of volumes whose changes a watcher must hear of
 //!                          │    ├ cgroup, limits, stats
+//!                          │    ├ pod       the PID namespace that containers may share
 //!                          │    └ stdio     pipes and terminals ⇄ frames on vsock
 //!                          ├ reap, events   every exit once, in order
 //!                          └ clock
@@ -37,7 +39,9 @@ pub mod frame;
 pub mod guest;
 pub mod init;
 pub mod limits;
+pub mod mirror;
 pub mod mount;
+pub mod pod;
 pub mod quota;
 pub mod reap;
 pub mod runner;

@@ -5,13 +5,19 @@ use std::process::ExitCode;
 
 use nacelle_agent::console::chain;
 use nacelle_agent::guest::Guest;
-use nacelle_agent::{dial, init, runner, say, serve};
+use nacelle_agent::{dial, init, pod, runner, say, serve};
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os();
     let name = args.next().unwrap_or_default();
     if name == runner::NAME {
         return runner::main(args.next().as_deref().map(Path::new));
+    }
+    if name == pod::MAKER {
+        return pod::maker();
+    }
+    if name == pod::PAUSE {
+        return pod::pause();
     }
     if std::process::id() != 1 {
         say!("this is the first process of a guest, and of no use elsewhere");

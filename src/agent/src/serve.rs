@@ -11,8 +11,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use containerd_shim_protos::shim_async::create_task;
 use nacelle_protocol::agent::{
-    Agent, ConfigureRequest, ConfigureResponse, EventsRequest, EventsResponse, SetTimeRequest, SetTimeResponse,
-    ShutdownRequest, ShutdownResponse, create_agent,
+    Agent, ConfigureRequest, ConfigureResponse, EventsRequest, EventsResponse, RefreshRequest, RefreshResponse,
+    SetTimeRequest, SetTimeResponse, ShutdownRequest, ShutdownResponse, create_agent,
 };
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -22,9 +22,11 @@ use ttrpc::r#async::{Server, TtrpcContext, transport::Listener};
 
 use crate::clock::{self, HostClock};
 use crate::console::chain;
+use crate::create;
 use crate::dial::{self, Connection, DialError};
 use crate::features;
 use crate::guest::Guest;
+use crate::mirror;
 use crate::mount;
 use crate::service::{Tasks, rpc_status};
 
@@ -111,6 +113,7 @@ impl Agent for Service {
             }
             None => {}
         }
+        create::set_sysctls(&request.sysctls).map_err(|error| internal(&error))?;
         if !request.hostname.is_empty() {
             rustix::system::sethostname(request.hostname.as_bytes()).map_err(|error| internal(&error))?;
         }
@@ -143,6 +146,19 @@ impl Agent for Service {
     async fn set_time(&self, _: &TtrpcContext, request: SetTimeRequest) -> ttrpc::Result<SetTimeResponse> {
         clock::step_to(request.realtime_ns).map_err(|error| internal(&error))?;
         Ok(SetTimeResponse::default())
+    }
+
+    async fn refresh(&self, _: &TtrpcContext, request: RefreshRequest) -> ttrpc::Result<RefreshResponse> {
+        let name = format!("refresh volume {}", request.volume);
+        let refresh = tokio::task::spawn_blocking(move || mirror::refresh(&request.volume, &request.data)).await;
+        match refresh {
+            Ok(Ok(())) => Ok(RefreshResponse::default()),
+            Ok(Err(error)) if error.kind() == io::ErrorKind::NotFound => {
+                Err(rpc_status(Code::NOT_FOUND, format!("{name}: {error}")))
+            }
+            Ok(Err(error)) => Err(rpc_status(Code::INTERNAL, format!("{name}: {error}"))),
+            Err(error) => Err(internal(&error)),
+        }
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<ShutdownResponse> {

@@ -99,11 +99,12 @@ pub struct ExecPlan {
     pub owner: (u32, u32),
 }
 
-/// Takes the configuration of container `id` apart.
+/// Takes the configuration of container `id` apart. `pids` is a process whose PID namespace it joins instead of one of its
+/// own.
 ///
 /// # Errors
 /// [`SpecError`]
-pub fn plan(spec: serde_json::Value, id: &str, terminal: bool) -> Result<Plan, SpecError> {
+pub fn plan(spec: serde_json::Value, id: &str, terminal: bool, pids: Option<u32>) -> Result<Plan, SpecError> {
     let mut spec: Spec = serde_json::from_value(spec).map_err(SpecError::Json)?;
     let mut process = spec.process().clone().ok_or(SpecError::Missing("process"))?;
     let mut linux = spec.linux().clone().ok_or(SpecError::Missing("linux"))?;
@@ -119,8 +120,14 @@ pub fn plan(spec: serde_json::Value, id: &str, terminal: bool) -> Result<Plan, S
         return Err(SpecError::Unsupported("a seccomp listener lives on the host"));
     }
     let (execute, owner) = take_apart(&mut process, &defaults, terminal, true)?;
-    let namespaces = linux.namespaces().clone().unwrap_or_default();
-    let has = |typ| namespaces.iter().any(|namespace| namespace.typ() == typ);
+    let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+    if let Some(pid) = pids {
+        let own = namespaces.iter_mut().find(|namespace| namespace.typ() == LinuxNamespaceType::Pid);
+        own.ok_or(SpecError::Missing("pid namespace"))?.set_path(Some(format!("/proc/{pid}/ns/pid").into()));
+        linux.set_namespaces(Some(namespaces.clone()));
+    }
+    // A namespace that is joined is somebody else's, or the guest's own.
+    let has = |typ| namespaces.iter().any(|namespace| namespace.typ() == typ && namespace.path().is_none());
     if !has(LinuxNamespaceType::Mount) {
         return Err(SpecError::Missing("mount namespace"));
     }
@@ -284,7 +291,7 @@ mod tests {
 
     #[test]
     fn the_last_steps_are_the_executors() {
-        let plan = plan(spec(), "c1", true).expect("plan");
+        let plan = plan(spec(), "c1", true, None).expect("plan");
         let process = plan.spec.process().as_ref().expect("process");
         let linux = plan.spec.linux().as_ref().expect("linux");
         assert!(linux.seccomp().is_none() && linux.resources().is_none() && plan.spec.hooks().is_none());
@@ -307,7 +314,7 @@ mod tests {
 
     #[test]
     fn sysctls_go_where_their_namespace_is() {
-        let plan = plan(spec(), "c1", false).expect("plan");
+        let plan = plan(spec(), "c1", false, None).expect("plan");
         assert_eq!(plan.sysctls, [("net.ipv4.ip_forward".to_owned(), "1".to_owned())]);
         let own = plan.spec.linux().as_ref().and_then(|l| l.sysctl().clone()).expect("sysctls");
         assert_eq!(own.len(), 1);
@@ -315,7 +322,7 @@ mod tests {
 
     #[test]
     fn an_exec_inherits_what_it_does_not_say() {
-        let defaults = plan(spec(), "c1", false).expect("plan").defaults;
+        let defaults = plan(spec(), "c1", false, None).expect("plan").defaults;
         let exec = plan_exec(br#"{"args":["id"],"cwd":"/","user":{"uid":0,"gid":0}}"#, &defaults, false).expect("exec");
         assert_eq!(exec.process.oom_score_adj(), Some(5));
         assert_eq!(exec.execute.capabilities.bounding().as_ref().map(|set| set.len()), Some(1));
@@ -329,14 +336,14 @@ mod tests {
         let without = |pointer: &str| {
             let mut spec = spec();
             *spec.pointer_mut(pointer).expect("part") = serde_json::Value::Null;
-            plan(spec, "c1", false)
+            plan(spec, "c1", false, None)
         };
         assert!(matches!(without("/process"), Err(SpecError::Missing("process"))));
         assert!(matches!(without("/process/args"), Err(SpecError::Missing("process.args"))));
         assert!(without("/linux").is_err());
-        assert!(plan(json!({"ociVersion": 3}), "c1", false).is_err());
+        assert!(plan(json!({"ociVersion": 3}), "c1", false, None).is_err());
         let mut zero = spec();
         zero["process"]["args"] = json!(["a\0b"]);
-        assert!(matches!(plan(zero, "c1", false), Err(SpecError::Zero(_))));
+        assert!(matches!(plan(zero, "c1", false, None), Err(SpecError::Zero(_))));
     }
 }

@@ -90,6 +90,8 @@ pub struct Container {
     pub cgroup: Cgroup,
     /// Its lowers, bottom first.
     pub lowers: Vec<String>,
+    /// Its volumes that are copies.
+    pub mirrors: Vec<String>,
     /// What execs take from it.
     pub defaults: Defaults,
     /// What the main process says when it is started.

@@ -11,6 +11,7 @@
 //! ```text
 //!  /run/nacelle/layers/       share "layers", read-only: <name>.erofs, one file a lower
 //!  /run/nacelle/volumes/      share "volumes": one entry a volume, a directory or a single file
+//!  /run/nacelle/mirrors/      a tmpfs for each volume that is a copy
 //!  /run/nacelle/upper/<id>/   upper and work directories of a container
 //!  /run/nacelle/containers/<id>/  config.json, rootfs
 //! ```
@@ -18,7 +19,7 @@
 use serde::{Deserialize, Serialize};
 
 #[allow(warnings, clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks, rustdoc::all)]
-mod generated {
+pub(crate) mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
 
@@ -44,6 +45,10 @@ pub const LAYERS_DIR: &str = "/run/nacelle/layers";
 pub const VOLUMES_DIR: &str = "/run/nacelle/volumes";
 /// Where the disk with the uppers is mounted in the guest.
 pub const UPPER_DIR: &str = "/run/nacelle/upper";
+/// Where the agent keeps copies of volumes, see [`Mirror`].
+pub const MIRRORS_DIR: &str = "/run/nacelle/mirrors";
+/// Link of a volume to the directory with its current content (Kubernetes, `pkg/volume/util/atomic_writer.go`).
+pub const DATA_LINK: &str = "..data";
 /// Where the agent keeps a directory for each container.
 pub const CONTAINERS_DIR: &str = "/run/nacelle/containers";
 
@@ -56,6 +61,21 @@ pub struct Container {
     pub spec: serde_json::Value,
     /// The root file system.
     pub rootfs: Rootfs,
+    /// Its processes join the PID namespace that containers of the pod share, instead of the new one that the
+    /// configuration asks for.
+    pub pod_pids: bool,
+    /// Volumes that it sees in copies: its bind mounts of them name [`MIRRORS_DIR`] instead of [`VOLUMES_DIR`].
+    pub mirrors: Vec<Mirror>,
+}
+
+/// A volume that the guest has in a copy, which `Refresh` brings up to date.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mirror {
+    /// Name of the volume, a directory below [`VOLUMES_DIR`].
+    pub volume: String,
+    /// Where its [`DATA_LINK`] leads: a directory in it.
+    pub data: String,
 }
 
 /// The root file system of a container: lowers, and an upper over them.

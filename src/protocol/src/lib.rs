@@ -17,6 +17,11 @@
 //! This crate knows nothing of sockets, files, tokio, containerd's daemon or libkrun.
 
 pub mod agent;
+pub mod cri {
+    //! containerd → shim: the part of a pod's configuration that the shim reads, see `cri.proto`.
+
+    pub use crate::agent::generated::cri::*;
+}
 pub mod features;
 pub mod ids;
 pub mod status;

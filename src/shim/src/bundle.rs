@@ -18,11 +18,15 @@ use thiserror::Error;
 /// Longest `config.json` that is read, in bytes. containerd's own messages end at 16 MiB.
 const MAX_CONFIG: u64 = 16 << 20;
 
-const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+/// Annotation: what a container is to its pod.
+pub const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
-const SANDBOX_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
-const SANDBOX_CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
-const SANDBOX_CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+/// Annotation: memory of a pod, in bytes.
+pub const SANDBOX_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+/// Annotation: CPU time of a pod, in microseconds per period.
+pub const SANDBOX_CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+/// Annotation: the period, in microseconds.
+pub const SANDBOX_CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 
 /// Why a bundle is refused.
 #[derive(Debug, Error)]
@@ -62,6 +66,9 @@ pub enum BundleError {
     /// A pod wants the host's network.
     #[error("use the host's network for a pod: a VM has interfaces of its own; set hostNetwork to false")]
     HostNetwork,
+    /// A pod wants the host's IPC objects.
+    #[error("use the host's IPC for a pod: it does not exist in a VM; set hostIPC to false")]
+    HostIpc,
 }
 
 /// What a container is to its sandbox.
@@ -188,6 +195,10 @@ impl Bundle {
         if network == Network::Host && role != Role::Single {
             return Err(BundleError::HostNetwork);
         }
+        let has_ipc = linux.namespaces().iter().flatten().any(|ns| ns.typ() == LinuxNamespaceType::Ipc);
+        if role == Role::Sandbox && !has_ipc {
+            return Err(BundleError::HostIpc);
+        }
         Ok(Self { dir: dir.to_owned(), role, network, pod, spec })
     }
 
@@ -200,6 +211,11 @@ impl Bundle {
     /// Hooks, which run on the host.
     pub fn hooks(&self) -> Option<&Hooks> {
         self.spec.hooks().as_ref()
+    }
+
+    /// Kernel parameters.
+    pub fn sysctls(&self) -> HashMap<String, String> {
+        self.spec.linux().as_ref().and_then(|linux| linux.sysctl().clone()).unwrap_or_default()
     }
 
     /// Path of the container's cgroup, in whichever style.
@@ -221,7 +237,7 @@ mod tests {
             "ociVersion": "1.1.0",
             "process": { "user": { "uid": 0, "gid": 0 }, "cwd": "/", "args": ["sh"] },
             "root": { "path": "rootfs" },
-            "linux": { "namespaces": [{ "type": "network", "path": "/run/netns/x" }, { "type": "mount" }] },
+            "linux": { "namespaces": [{ "type": "network", "path": "/run/netns/x" }, { "type": "ipc" }] },
             "annotations": annotations,
         })
     }
@@ -248,6 +264,8 @@ mod tests {
         assert_eq!(parse(&json).expect("parse").network, Network::Host);
         json["annotations"] = serde_json::json!({ CONTAINER_TYPE: "sandbox" });
         assert!(matches!(parse(&json), Err(BundleError::HostNetwork)));
+        json["linux"]["namespaces"] = serde_json::json!([{ "type": "network", "path": "/run/netns/x" }]);
+        assert!(matches!(parse(&json), Err(BundleError::HostIpc)));
     }
 
     #[test]

@@ -26,7 +26,6 @@ use crate::publisher::{Publisher, now_ns};
 use crate::sandbox::{
     Action, Answer, Event, Exit, KILLED, Notice, Phase, ProcessKey, Refusal, Request, Sandbox, Token,
 };
-use crate::spec::Shared;
 use crate::stdio::{Io, Wanted};
 use crate::task::{Call, Create, Reply, State, TaskError};
 
@@ -92,6 +91,8 @@ enum Output {
     ExecAdded(Io),
     Pid(u32),
     Pids(Vec<u32>),
+    /// A sandbox without a process of its own got this signal.
+    Signalled(u32),
     Stats(Vec<u8>),
     Deleted,
 }
@@ -135,9 +136,12 @@ pub struct Driver {
     /// What the guest was condemned for.
     verdict: Option<String>,
     guest: Option<mpsc::Receiver<GuestEvent>>,
-    first: Option<ContainerId>,
     stopping: bool,
     leaving: Option<Token>,
+    /// A sandbox of the Sandbox API is no task, and containerd hears nothing of it by events.
+    silent: Option<ContainerId>,
+    /// Who waits for the end of the VM.
+    enders: Vec<Answerer>,
     next_token: Token,
 }
 
@@ -162,9 +166,10 @@ impl Driver {
             pod: None,
             verdict: None,
             guest: None,
-            first: None,
             stopping: false,
             leaving: None,
+            silent: None,
+            enders: Vec::new(),
             next_token: 0,
         };
         (driver, Handle(sender), end)
@@ -287,7 +292,16 @@ impl Driver {
                 let _ = job.reply.send(answer);
                 return;
             }
-            Call::Create(_) => Request::Create(container),
+            Call::End { leave } => {
+                let leave = *leave;
+                return self.end(token, job, leave);
+            }
+            Call::Create(create) => {
+                if create.sandbox.is_some() && self.silent.is_none() {
+                    self.silent = Some(container.clone());
+                }
+                Request::Create(container)
+            }
             Call::Exec(_) => match key.exec.clone() {
                 Some(exec) => Request::Exec(container, exec),
                 None => Request::Query(key),
@@ -364,6 +378,9 @@ impl Driver {
     }
 
     fn publish(&self, notice: Notice) {
+        if self.silent.as_ref() == Some(notice.container()) {
+            return;
+        }
         let create = match &notice {
             Notice::Create { container, .. } => {
                 let key = ProcessKey { container: container.clone(), exec: None };
@@ -373,6 +390,26 @@ impl Driver {
         };
         let details = create.map(|(local, streams)| (local, &streams.wanted));
         self.publisher.publish(events::event(notice, details));
+    }
+
+    fn end(&mut self, token: Token, job: Job, leave: bool) {
+        if self.sandbox.booting() {
+            let _ = job.reply.send(Err(TaskError::Refused(Refusal::Booting, job.key)));
+            return;
+        }
+        if let Some(pod) = self.pod.take() {
+            self.guest = None;
+            self.stop(pod);
+            self.apply(Event::VmGone(now_ns()));
+        }
+        if leave {
+            self.open.insert(token, job);
+            self.leaving = Some(token);
+        } else if self.stopping {
+            self.enders.push(job.reply);
+        } else {
+            let _ = job.reply.send(Ok(Reply::Done));
+        }
     }
 
     fn stop(&mut self, pod: Arc<Pod>) {
@@ -423,6 +460,7 @@ impl Driver {
         let (key, call, env) = (job.key.clone(), job.call.clone(), self.env.clone());
         let id = key.container.clone();
         let local = self.containers.get(&id).cloned();
+        let sandbox = local.as_ref().is_some_and(|local| local.guest_pid.is_none());
         let Some(pod) = self.pod.clone() else {
             // Without a VM there is only the beginning and the end.
             match call {
@@ -437,10 +475,17 @@ impl Driver {
         };
         match call {
             Call::Create(request) => {
-                let first = self.first.as_ref().and_then(|first| self.containers.get(first));
-                let shared = first.map(|l| Shared { host_pid: pod.vm.pid(), guest_pid: l.guest_pid });
-                let create = perform::create_next(env, pod, shared, id, request);
+                let create = perform::create_next(env, pod, id, request);
                 self.spawn(token, async { Ok(Output::Created(create.await?)) });
+            }
+            Call::Exec(_) if sandbox => self.spawn(token, async { Err(TaskError::NoProcess("exec", id)) }),
+            Call::Kill { signal, .. } if sandbox => self.spawn(token, async move { Ok(Output::Signalled(signal)) }),
+            Call::Pause | Call::Resume | Call::Update(_) if sandbox => {
+                self.spawn(token, async { Ok(Output::Nothing) });
+            }
+            Call::Pids if sandbox => self.spawn(token, async move { Ok(Output::Pids(vec![pod.vm.pid()])) }),
+            Call::Stats if sandbox => {
+                self.spawn(token, async move { Ok(Output::Stats(pod.guest.stats(None).await?)) });
             }
             Call::Exec(request) => {
                 self.spawn(token, async { Ok(Output::ExecAdded(perform::exec(env, pod, key, request).await?)) });
@@ -474,7 +519,7 @@ impl Driver {
                 Ok(Output::Nothing)
             }),
             Call::Pids => {
-                let known = local.map_or(0, |l| l.guest_pid);
+                let known = local.and_then(|l| l.guest_pid).unwrap_or_default();
                 self.spawn(token, async move {
                     let mut pids = pod.guest.pids(&id).await?;
                     // The main process is known by the VMM's id, and a live container has at least that one.
@@ -483,7 +528,7 @@ impl Driver {
                     Ok(Output::Pids(pids))
                 });
             }
-            Call::Stats => self.spawn(token, async move { Ok(Output::Stats(pod.guest.stats(&id).await?)) }),
+            Call::Stats => self.spawn(token, async move { Ok(Output::Stats(pod.guest.stats(Some(&id)).await?)) }),
             Call::Update(resources) => self.spawn(token, async move {
                 perform::update(pod, id, resources).await?;
                 Ok(Output::Nothing)
@@ -498,7 +543,9 @@ impl Driver {
                 }
                 self.spawn(token, async { Ok(Output::Nothing) });
             }
-            Call::Wait | Call::State | Call::Shutdown => self.spawn(token, async { Ok(Output::Nothing) }),
+            Call::Wait | Call::State | Call::Shutdown | Call::End { .. } => {
+                self.spawn(token, async { Ok(Output::Nothing) })
+            }
         }
     }
 
@@ -533,7 +580,7 @@ impl Driver {
                 // The guest keeps a container's cgroup until the container is deleted.
                 let (pod, id, last) = (pod.clone(), id.clone(), self.stats.get(id).cloned());
                 tokio::spawn(async move {
-                    let stats = pod.guest.stats(&id).await.ok().or(last);
+                    let stats = pod.guest.stats(Some(&id)).await.ok().or(last);
                     let _ =
                         job.reply.send(stats.map(Reply::Stats).ok_or(TaskError::Refused(Refusal::Finished, job.key)));
                 });
@@ -572,7 +619,12 @@ impl Driver {
                     pod.conduct.breach(format!("container {} has not ended {seconds} s after SIGKILL", key.container));
                 }
             }
-            Completion::Stopped => self.stopping = false,
+            Completion::Stopped => {
+                self.stopping = false;
+                for ender in self.enders.drain(..) {
+                    let _ = ender.send(Ok(Reply::Done));
+                }
+            }
         }
     }
 
@@ -585,7 +637,7 @@ impl Driver {
             _ => Wanted::default(),
         };
         let snapshot = self.sandbox.snapshot(&key);
-        let mut done = Ok(0);
+        let (mut done, mut exit) = (Ok(0), None);
         let reply = match result {
             Err(e) => {
                 tracing::warn!("{}: {}", name_of(&job.call), crate::chain(&e));
@@ -593,10 +645,13 @@ impl Driver {
                 Err(e)
             }
             Ok(Output::Nothing) => Ok(Reply::Done),
+            Ok(Output::Signalled(signal)) => {
+                exit = perform::sandbox_status(signal).map(|status| (key, Exit { status, at_ns: now_ns() }));
+                Ok(Reply::Done)
+            }
             Ok(Output::Booted(pod, events, created)) => {
                 self.pod = Some(pod);
                 self.guest = Some(events);
-                self.first = Some(key.container.clone());
                 done = Ok(created.pid);
                 self.remember(key, wanted, created)
             }
@@ -625,6 +680,9 @@ impl Driver {
         self.outputs.insert(token, reply);
         self.apply(Event::Done(token, done));
         self.outputs.remove(&token);
+        if let Some((key, exit)) = exit {
+            self.apply(Event::Exited(key, exit));
+        }
     }
 
     fn remember(&mut self, key: ProcessKey, wanted: Wanted, created: Created) -> Result<Reply, TaskError> {
@@ -666,5 +724,6 @@ fn name_of(call: &Call) -> &'static str {
         Call::Resize { .. } => "resize",
         Call::CloseIo => "close stdin",
         Call::Shutdown => "shutdown",
+        Call::End { .. } => "end",
     }
 }

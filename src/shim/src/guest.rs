@@ -9,6 +9,7 @@
 //! one that waits for events, and of events there are only so many a second. How large an answer may be, and that there
 //! is one answer to one request, is [`crate::wire`]'s to see to.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim_async::{Client, TaskClient};
 use nacelle_protocol::agent::{
     AgentClient, CONTAINER_TYPE, ConfigureRequest, Container, Event as WireEvent, EventsRequest, LAYERS_DIR,
-    LAYERS_TAG, MAX_PIDS, SetTimeRequest, Share, ShutdownRequest, UPPER_SERIAL, VOLUMES_DIR, VOLUMES_TAG, event::What,
+    LAYERS_TAG, MAX_PIDS, RefreshRequest, SetTimeRequest, Share, ShutdownRequest, UPPER_SERIAL, VOLUMES_DIR, VOLUMES_TAG, event::What,
 };
 use nacelle_protocol::ids::{ContainerId, ExecId};
 use nacelle_protocol::stream::{Answer, Kind, PREAMBLE_LEN, Preamble, Status};
@@ -200,11 +201,17 @@ impl Guest {
         }
     }
 
-    /// Tells the guest where its shares and its disk are, and what time it is; returns what it says of its kernel.
+    /// Tells the guest where its shares and its disk are, its name and kernel parameters, and what time it is; returns what it
+    /// says of its kernel.
     ///
     /// # Errors
     /// [`GuestError`].
-    pub async fn configure(&self, hostname: &str, volumes: bool) -> Result<Kernel, GuestError> {
+    pub async fn configure(
+        &self,
+        hostname: &str,
+        sysctls: HashMap<String, String>,
+        volumes: bool,
+    ) -> Result<Kernel, GuestError> {
         let share = |tag: &str, target: &str, read_only| Share {
             tag: tag.to_owned(),
             target: target.to_owned(),
@@ -219,6 +226,7 @@ impl Guest {
             shares,
             upper_serial: UPPER_SERIAL.to_owned(),
             hostname: hostname.to_owned(),
+            sysctls,
             realtime_ns: now_ns(),
             ..ConfigureRequest::default()
         };
@@ -370,15 +378,25 @@ impl Guest {
         ask("resize terminal", self.task.resize_pty(soon(), &request)).await.map(drop)
     }
 
-    /// A container's metrics: an encoded message of the type [`STATS_TYPE`].
+    /// A container's metrics, or without a container those of all together: an encoded message of the type [`STATS_TYPE`].
     ///
     /// # Errors
     /// [`GuestError`].
-    pub async fn stats(&self, id: &ContainerId) -> Result<Vec<u8>, GuestError> {
-        let request = api::StatsRequest { id: id.to_string(), ..Default::default() };
+    pub async fn stats(&self, id: Option<&ContainerId>) -> Result<Vec<u8>, GuestError> {
+        let id = id.map(ToString::to_string).unwrap_or_default();
+        let request = api::StatsRequest { id, ..Default::default() };
         let mut response = ask("read metrics", self.task.stats(soon(), &request)).await?;
         let stats = response.stats.take().unwrap_or_default();
         clean_metrics(stats)
+    }
+
+    /// Has the guest's copy of a volume follow its link, which leads to `data` now.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn refresh(&self, volume: &str, data: &str) -> Result<(), GuestError> {
+        let request = RefreshRequest { volume: volume.to_owned(), data: data.to_owned(), ..Default::default() };
+        ask("refresh volume", self.agent.refresh(soon(), &request)).await.map(drop)
     }
 
     /// Asks the guest to end. It may be gone before it answers.

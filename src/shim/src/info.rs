@@ -35,7 +35,7 @@ fn features() -> serde_json::Value {
         "hooks": ["prestart", "createRuntime", "poststart", "poststop"],
         "mountOptions": [
             "async", "atime", "bind", "dev", "diratime", "exec", "noatime", "nodev", "nodiratime", "noexec",
-            "norelatime", "nostrictatime", "nosuid", "private", "rbind", "relatime", "ro", "rprivate", "rslave", "rw",
+            "norelatime", "nostrictatime", "nosuid", "private", "rbind", "relatime", "ro", "rprivate", "rro", "rslave", "rw",
             "slave", "strictatime", "suid", "sync"
         ],
         "linux": {

@@ -6,6 +6,7 @@
 //!                              ├─ perform          what it takes
 //!                              │    ├─ bundle, spec, config        read and checked
 //!                              │    ├─ pod: state, cgroup, volumes  on the host
+//!                              │    ├─ mirror                      volumes that change while somebody watches
 //!                              │    ├─ vm, guest, tail             the VMM and the agent
 //!                              │    └─ stdio, stream, hooks
 //!                              └─ events, publisher                what containerd hears
@@ -26,10 +27,13 @@ mod events;
 mod guest;
 mod hooks;
 mod info;
+mod mirror;
 mod perform;
 mod pod;
+mod pod_config;
 mod publisher;
 mod sandbox;
+mod sandbox_api;
 mod server;
 mod service;
 mod spec;

@@ -18,8 +18,8 @@ use crate::bundle::{Bundle, Role};
 use crate::guest::GuestEvent;
 use crate::hooks;
 use crate::pod::{Env, Host, Pod, PodError, blocking, link_layers};
-use crate::sandbox::{ProcessKey, Refusal};
-use crate::spec::{self, Shared, Volume};
+use crate::sandbox::{KILLED, ProcessKey, Refusal};
+use crate::spec::{self, Translation};
 use crate::stdio::{Io, Owner};
 use crate::task::{Create, Exec, TaskError};
 use crate::vm;
@@ -35,8 +35,9 @@ pub struct Local {
     pub bundle: PathBuf,
     /// The root file system's mounts, as they were asked for.
     pub rootfs: Vec<Mount>,
-    /// Process id of the main process in the guest.
-    pub guest_pid: u32,
+    /// Process id of the main process in the guest. A pod's sandbox has none: its namespaces are the guest's own, so there
+    /// is nothing that a process would have to hold.
+    pub guest_pid: Option<u32>,
     hooks: Option<Hooks>,
     version: String,
     annotations: HashMap<String, String>,
@@ -88,7 +89,10 @@ pub async fn create_first(
 ) -> Result<(Arc<Pod>, mpsc::Receiver<GuestEvent>, Created), TaskError> {
     let begin = Instant::now();
     let mut config = request.origin.as_ref().unwrap_or(&env.origin).load()?;
-    let bundle = Bundle::load(&request.bundle)?;
+    let bundle = match &request.sandbox {
+        Some(sandbox) => Bundle::parse(&request.bundle, &sandbox.config)?,
+        None => Bundle::load(&request.bundle)?,
+    };
     if matches!(bundle.role, Role::Container(_)) {
         // It belongs into a pod whose first container, and whose VM with it, is not there.
         return Err(TaskError::Refused(Refusal::VmGone, ProcessKey { container: id, exec: None }));
@@ -96,9 +100,13 @@ pub async fn create_first(
     let wishes = config.annotations.read(bundle.annotations())?;
     config.kernel = wishes.kernel.clone().or(config.kernel);
     let programs = config.programs(&env.exe, &env.kvm, &bundle.network)?;
-    let translation = spec::translate(&bundle.spec, &id, None)?;
-    log_dropped(&id, &translation.dropped);
-    let rootfs = plan::plan(&request.rootfs)?;
+    let inside = match bundle.role {
+        Role::Sandbox => None,
+        _ => Some((spec::translate(&bundle.spec, &id, None)?, plan::plan(&request.rootfs)?)),
+    };
+    let (translation, rootfs) = inside.unzip();
+    translation.iter().for_each(|translation| log_dropped(&id, &translation.dropped));
+    let volumes = translation.as_ref().map(|translation| translation.volumes.clone()).unwrap_or_default();
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let size = vm::size(&bundle, &config, cpus, &wishes)?;
 
@@ -108,12 +116,17 @@ pub async fn create_first(
     // The lowers are converted while the VM boots: the guest finds them in its share when it needs them.
     let dirs = host.dirs.clone();
     let (name, record) = (id.to_string(), host.record.clone());
-    let convert = move || link_layers(&data_dir, &dirs, &name, &rootfs, &record);
+    let convert = move || match rootfs {
+        Some(rootfs) => link_layers(&data_dir, &dirs, &name, &rootfs, &record),
+        None => Ok(Vec::new()),
+    };
     let layers = tokio::spawn(blocking("convert layers", convert));
     let equip = {
-        let (bundle, volumes) = (bundle.clone(), translation.volumes.clone());
+        let (bundle, volumes) = (bundle.clone(), volumes.clone());
+        let files = request.sandbox.as_ref().map(|sandbox| sandbox.files.clone()).unwrap_or_default();
         blocking("prepare pod", move || {
-            let listeners = host.equip(&bundle, size, &volumes);
+            let written = host.dirs.write_etc(&files).map_err(PodError::from);
+            let listeners = written.and_then(|()| host.equip(&bundle, size, &volumes));
             host.record.phase("prepare", begin);
             Ok::<_, PodError>((host, listeners))
         })
@@ -121,9 +134,9 @@ pub async fn create_first(
     let (host, listeners) = equip.await?;
     let host = Arc::new(host);
     // A container that is alone brings all of its volumes with it.
-    let volumes = bundle.role == Role::Sandbox || !translation.volumes.is_empty();
+    let share = bundle.role == Role::Sandbox || !volumes.is_empty();
     let booted = async {
-        let (pod, events) = Pod::boot(&env, host.clone(), listeners?, &programs, &bundle, size, volumes).await?;
+        let (pod, events) = Pod::boot(&env, host.clone(), listeners?, &programs, &bundle, size, share).await?;
         Ok::<_, TaskError>((Arc::new(pod), events))
     };
     // The conversion cannot be interrupted, and must not write into a directory that is being removed.
@@ -142,7 +155,7 @@ pub async fn create_first(
             return Err(e);
         }
     };
-    match finish(&env, &pod, id, bundle, translation.spec, translation.volumes, layers, request).await {
+    match finish(&env, &pod, id, bundle, translation, layers, request).await {
         Ok(created) => Ok((pod, events, created)),
         Err(e) => {
             pod.stop().await;
@@ -155,56 +168,58 @@ pub async fn create_first(
 ///
 /// # Errors
 /// [`TaskError`]; everything is rolled back.
-pub async fn create_next(
-    env: Arc<Env>,
-    pod: Arc<Pod>,
-    shared: Option<Shared>,
-    id: ContainerId,
-    request: Create,
-) -> Result<Created, TaskError> {
+pub async fn create_next(env: Arc<Env>, pod: Arc<Pod>, id: ContainerId, request: Create) -> Result<Created, TaskError> {
+    let exists = || TaskError::Refused(Refusal::Exists, ProcessKey { container: id.clone(), exec: None });
+    if request.sandbox.is_some() {
+        return Err(exists());
+    }
     let bundle = Bundle::load(&request.bundle)?;
+    if bundle.role == Role::Sandbox {
+        return Err(exists());
+    }
     // The VM is as it is: they must be in order, and change nothing any more.
     pod.host.policy().read(bundle.annotations())?;
-    let translation = spec::translate(&bundle.spec, &id, shared)?;
+    let translation = spec::translate(&bundle.spec, &id, Some(&env.sandbox))?;
     log_dropped(&id, &translation.dropped);
     let rootfs = plan::plan(&request.rootfs)?;
-    let (host, volumes) = (pod.host.clone(), translation.volumes.clone());
+    let (host, mut volumes) = (pod.host.clone(), translation.volumes.clone());
     let name = id.to_string();
     let pid = pod.vm.pid();
     let layers = blocking("prepare container", move || {
+        volumes.iter_mut().for_each(|volume| volume.or_pods_own(&host.dirs.etc()));
         let degraded = volumes::bind_later(&host.vmm, pid, &host.dirs.volumes(), &volumes, host.idmap())?;
         host.record.set(|status| status.degraded.extend(degraded));
         link_layers(host.data_dir(), &host.dirs, &name, &rootfs, &host.record)
     });
     let layers = layers.await;
     let names: Vec<_> = translation.volumes.iter().map(|volume| volume.name.clone()).collect();
-    let created = finish(&env, &pod, id, bundle, translation.spec, translation.volumes, layers, request).await;
+    let created = finish(&env, &pod, id, bundle, Some(translation), layers, request).await;
     if created.is_err() {
         unbind_all(&pod, names).await;
     }
     created
 }
 
-#[expect(clippy::too_many_arguments, reason = "the common end of two ways, called nowhere else")]
+/// The common end of both ways. Without a translation there is nothing to be made in the guest.
 async fn finish(
     env: &Env,
-    pod: &Pod,
+    pod: &Arc<Pod>,
     id: ContainerId,
     bundle: Bundle,
-    spec: serde_json::Value,
-    volumes: Vec<Volume>,
+    translation: Option<Translation>,
     layers: Result<Vec<String>, PodError>,
     request: Create,
 ) -> Result<Created, TaskError> {
     let pid = pod.vm.pid();
     let hooks = bundle.hooks().cloned();
     let limit = pod.host.upper_limit(pod.host.policy().read(bundle.annotations())?.container_mib)?;
+    let volumes = translation.iter().flat_map(|translation| &translation.volumes);
     let mut local = Local {
         hooks,
         version: bundle.spec.version().clone(),
         annotations: bundle.annotations().clone(),
-        volumes: volumes.into_iter().map(|volume| volume.name).collect(),
-        guest_pid: 0,
+        volumes: volumes.map(|volume| volume.name.clone()).collect(),
+        guest_pid: None,
         bundle: bundle.dir,
         rootfs: request.rootfs,
     };
@@ -216,10 +231,24 @@ async fn finish(
         hooks::run("prestart", hooks.prestart().as_ref(), &state).await?;
         hooks::run("createRuntime", hooks.create_runtime().as_ref(), &state).await?;
     }
-    let container = Container { spec, rootfs: Rootfs { lowers: layers?, upper_bytes: limit } };
+    let lowers = layers?;
+    let Some(Translation { mut spec, pod_pids, volumes, .. }) = translation else {
+        pod.host.record.write();
+        return Ok(Created { local, io, pid });
+    };
+    let watching = pod.clone();
+    let mirrors = move || Ok::<_, PodError>(watching.mirrors.add(&watching.guest, &volumes));
+    let mirrors = blocking("watch volumes", mirrors).await?;
+    spec::use_mirrors(&mut spec, &mirrors);
+    let container = Container { spec, rootfs: Rootfs { lowers, upper_bytes: limit }, pod_pids, mirrors };
     let create = async { Ok::<_, TaskError>(pod.guest.create(&id, &container, wanted.terminal, io.names()).await?) };
     let asked = Instant::now();
-    local.guest_pid = pod.while_alive(create).await?;
+    let created = pod.while_alive(create).await;
+    if created.is_err() {
+        pod.mirrors.remove(&local.volumes);
+    }
+    local.guest_pid = Some(created?);
+    pod.mirrors.settle(&pod.guest, &container.mirrors).await;
     pod.host.record.phase(&format!("create {id}"), asked);
     pod.host.record.write();
     Ok(Created { local, io, pid })
@@ -245,12 +274,14 @@ pub async fn exec(env: Arc<Env>, pod: Arc<Pod>, key: ProcessKey, request: Exec) 
 /// # Errors
 /// [`TaskError`].
 pub async fn start(pod: Arc<Pod>, key: ProcessKey, local: Option<Local>) -> Result<u32, TaskError> {
-    let start = async { Ok::<_, TaskError>(pod.guest.start(&key).await?) };
-    let guest_pid = pod.while_alive(start).await?;
-    if key.exec.is_some() {
-        return Ok(guest_pid);
-    }
     let pid = pod.vm.pid();
+    if key.exec.is_some() || local.as_ref().is_none_or(|local| local.guest_pid.is_some()) {
+        let start = async { Ok::<_, TaskError>(pod.guest.start(&key).await?) };
+        let guest_pid = pod.while_alive(start).await?;
+        if key.exec.is_some() {
+            return Ok(guest_pid);
+        }
+    }
     if let Some((hooks, local)) = local.as_ref().and_then(|l| l.hooks.as_ref().map(|h| (h, l))) {
         // The process runs; a hook that fails now changes nothing any more.
         let state = local.hook_state(&key.container, "running", pid);
@@ -259,6 +290,16 @@ pub async fn start(pod: Arc<Pod>, key: ProcessKey, local: Option<Local>) -> Resu
         }
     }
     Ok(pid)
+}
+
+/// Exit status of a sandbox that gets a signal, if it ends: that of Kubernetes' pause, which takes SIGINT and SIGTERM for the
+/// end and, as the first process of its namespace, hears of no other signal but SIGKILL.
+pub fn sandbox_status(signal: u32) -> Option<u32> {
+    match signal {
+        2 | 15 => Some(0),
+        9 => Some(KILLED),
+        _ => None,
+    }
 }
 
 /// Changes a container's limits.
@@ -312,6 +353,7 @@ pub async fn delete(
 }
 
 async fn unbind_all(pod: &Arc<Pod>, names: Vec<String>) {
+    pod.mirrors.remove(&names);
     let host = pod.host.clone();
     let unbind = move || {
         names.iter().for_each(|name| volumes::unbind(&host.dirs.volumes(), name));

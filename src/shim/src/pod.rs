@@ -9,6 +9,7 @@
 //! Each step consumes the one before, so a wrong order does not compile. `state.json` is written before there is
 //! anything that a crash could leave behind, and again when the VMM runs.
 
+use std::collections::HashMap;
 use std::io;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
@@ -28,11 +29,12 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use crate::annotations::{AnnotationError, CONTAINER_MIB, Policy, refuse};
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, Role};
 use crate::cgroup::{self, CgroupError};
 use crate::conduct::Conduct;
 use crate::config::{Config, Idmap, Origin, Programs};
 use crate::guest::{Guest, GuestError, GuestEvent};
+use crate::mirror::Mirrors;
 use crate::spec::Volume;
 use crate::state::{Dirs, Process, State, StateError, UidSlot};
 use crate::status::Record;
@@ -362,6 +364,8 @@ pub struct Pod {
     pub hub: Arc<Hub>,
     /// What is held against its guest.
     pub conduct: Arc<Conduct>,
+    /// Volumes that the guest has in copies.
+    pub mirrors: Mirrors,
     streams: tokio::task::AbortHandle,
 }
 
@@ -407,7 +411,10 @@ impl Pod {
             let guest = Guest::accept(rpc, conduct.clone()).await?;
             record.phase("boot", jailed);
             let dialled = Instant::now();
-            let kernel = guest.configure(bundle.spec.hostname().as_deref().unwrap_or_default(), volumes).await?;
+            let hostname = bundle.spec.hostname().as_deref().unwrap_or_default();
+            // Those of a container that is alone are its own affair.
+            let sysctls = if bundle.role == Role::Sandbox { bundle.sysctls() } else { HashMap::new() };
+            let kernel = guest.configure(hostname, sysctls, volumes).await?;
             record.phase("configure", dialled);
             if bundle.network == Network::Host && !kernel.has(features::HOST_NETWORK) {
                 return Err(PodError::NoHostNetwork { kernel: programs.kernel.clone(), release: kernel.release });
@@ -436,7 +443,7 @@ impl Pod {
                 tracing::info!("VMM {} of sandbox {}: guest up after {:?}", vm.pid(), env.sandbox, begin.elapsed());
                 let (sink, events) = mpsc::channel(EVENTS);
                 tokio::spawn(guest.clone().events(sink));
-                Ok((Self { vm, guest, host, hub, conduct, streams }, events))
+                Ok((Self { vm, guest, host, hub, conduct, mirrors: Mirrors::default(), streams }, events))
             }
             Err(e) => {
                 streams.abort();

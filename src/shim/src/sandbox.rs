@@ -162,6 +162,21 @@ pub enum Notice {
     Resumed { container: ContainerId },
 }
 
+impl Notice {
+    /// The container that it is about.
+    pub fn container(&self) -> &ContainerId {
+        match self {
+            Self::Start { process, .. } | Self::Exit { process, .. } => &process.container,
+            Self::Create { container, .. }
+            | Self::ExecAdded { container, .. }
+            | Self::Oom { container }
+            | Self::Delete { container, .. }
+            | Self::Paused { container }
+            | Self::Resumed { container } => container,
+        }
+    }
+}
+
 /// Where a process is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "drawn above")]
@@ -251,6 +266,11 @@ impl Sandbox {
     /// True when the next container has to boot the VM.
     pub fn cold(&self) -> bool {
         matches!(self.vm, Vm::Cold | Vm::Booting)
+    }
+
+    /// True while the first container's VM is on its way.
+    pub fn booting(&self) -> bool {
+        self.vm == Vm::Booting
     }
 
     /// Takes an event, changes the state, and says what has to be done.

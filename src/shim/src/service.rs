@@ -27,6 +27,7 @@ use crate::guest::{GuestError, STATS_TYPE};
 use crate::pod::PodError;
 use crate::publisher::timestamp;
 use crate::sandbox::{Exit, Phase, ProcessKey, Refusal};
+use crate::sandbox_api;
 use crate::stdio::Wanted;
 use crate::task::{Call, Create, Exec, Reply, TaskError};
 
@@ -49,11 +50,12 @@ pub fn services(driver: &Handle) -> HashMap<String, Service> {
     if let Some(v2) = create_task(service).remove(TASK_V3) {
         all.insert(TASK_V2.to_owned(), v2);
     }
+    all.extend(sandbox_api::service(driver));
     all
 }
 
 /// The code and the whole chain of causes, once.
-fn status(error: &TaskError) -> ttrpc::Error {
+pub fn status(error: &TaskError) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(get_status(code_of(error), crate::chain(error)))
 }
 
@@ -73,6 +75,7 @@ pub fn code_of(error: &TaskError) -> Code {
         | TaskError::Stdio(_)
         | TaskError::Config(_)
         | TaskError::Decode { .. } => Code::INVALID_ARGUMENT,
+        TaskError::NoProcess(..) => Code::FAILED_PRECONDITION,
         TaskError::Guest(GuestError::Refused { code, .. }) => match code {
             // Not Unimplemented: containerd would take it for a shim of an older version, and ask again.
             Code::NOT_FOUND | Code::ALREADY_EXISTS | Code::FAILED_PRECONDITION | Code::INVALID_ARGUMENT => *code,
@@ -86,17 +89,23 @@ pub fn code_of(error: &TaskError) -> Code {
     }
 }
 
-fn invalid(what: &str, error: &dyn std::error::Error) -> ttrpc::Error {
+/// A part of a request that cannot be read.
+pub fn invalid(what: &str, error: &dyn std::error::Error) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(get_status(Code::INVALID_ARGUMENT, format!("{what}: {}", crate::chain(error))))
 }
 
-fn key(id: &str, exec_id: &str) -> ttrpc::Result<ProcessKey> {
+/// Names a process.
+///
+/// # Errors
+/// InvalidArgument for ids that could not be file names.
+pub fn key(id: &str, exec_id: &str) -> ttrpc::Result<ProcessKey> {
     let container = ContainerId::new(id).map_err(|e| invalid("container id", &e))?;
     let exec = (!exec_id.is_empty()).then(|| ExecId::new(exec_id)).transpose();
     Ok(ProcessKey { container, exec: exec.map_err(|e| invalid("exec id", &e))? })
 }
 
-fn exited_at(exit: Option<Exit>) -> MessageField<Timestamp> {
+/// When it ended, if it has.
+pub fn exited_at(exit: Option<Exit>) -> MessageField<Timestamp> {
     exit.map(|exit| timestamp(exit.at_ns)).into()
 }
 
@@ -111,7 +120,7 @@ impl TaskService {
 }
 
 /// The driver answers each call with its own kind of reply.
-fn odd(reply: &Reply) -> ttrpc::Error {
+pub fn odd(reply: &Reply) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(get_status(Code::INTERNAL, format!("answer call: unexpected reply {reply:?}")))
 }
 
@@ -145,6 +154,7 @@ impl Task for TaskService {
                 terminal: request.terminal,
             },
             origin,
+            sandbox: None,
         };
         match self.call(&request.id, "", Call::Create(create)).await? {
             Reply::Pid(pid) => Ok(api::CreateTaskResponse { pid, ..Default::default() }),

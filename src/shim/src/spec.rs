@@ -7,14 +7,14 @@
 //! |-------------------------------------------------------------------|-------------------------------------------------------|
 //! | process, root, host name, sysctls, limits, seccomp, masked paths  | copied                                                  |
 //! | bind mounts                                                       | become volumes: see [`Volume`]                          |
-//! | namespaces                                                        | pid, ipc, uts, mount and cgroup; shared ones by guest pid |
+//! | namespaces                                                        | pid, ipc, uts, mount and cgroup; the pod's are the guest's |
 //! | AppArmor, SELinux, block I/O, RDT, devices of the host            | dropped, and said so: they mean something of the host's |
 //! | user namespaces, idmapped mounts, seccomp listeners               | refused: without them the container would be less confined |
 
 use std::path::{Path, PathBuf};
 
-use nacelle_protocol::agent::VOLUMES_DIR;
-use nacelle_protocol::ids::ContainerId;
+use nacelle_protocol::agent::{MIRRORS_DIR, Mirror, VOLUMES_DIR};
+use nacelle_protocol::ids::{ContainerId, SandboxId};
 use oci_spec::runtime::{
     Linux, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
 };
@@ -24,6 +24,11 @@ use thiserror::Error;
 
 #[cfg(test)]
 mod tests;
+
+/// Shared memory of a container.
+const SHM: &str = "/dev/shm";
+/// Files below /etc that a pod's containers share.
+pub const ETC: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
 
 /// Why a configuration cannot be carried over.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -43,7 +48,7 @@ pub enum SpecError {
     #[error("use {0}: not supported in a VM")]
     Unsupported(&'static str),
     /// A namespace of a process that nacelle does not know.
-    #[error("join namespace {0}: only those of the pod's first container can be joined")]
+    #[error("join namespace {0}: only a container of a pod can join one, and only PID, IPC and UTS namespaces")]
     Namespace(PathBuf),
     /// A part is missing.
     #[error("read configuration: no {0}")]
@@ -65,13 +70,26 @@ pub struct Volume {
     pub read_only: bool,
 }
 
-/// The pod's first container, whose namespaces the others may share.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shared {
-    /// The process id that containerd knows.
-    pub host_pid: u32,
-    /// The process id in the guest.
-    pub guest_pid: u32,
+impl Volume {
+    /// Takes the pod's own file for one of those that containerd mounts into every container, but makes only where the
+    /// sandbox is a container of its own.
+    pub fn or_pods_own(&mut self, etc: &Path) {
+        let name = self.destination.strip_prefix("/etc").ok().filter(|name| ETC.iter().any(|known| name == known));
+        if let Some(own) = name.map(|name| etc.join(name)).filter(|own| !self.source.exists() && own.exists()) {
+            self.source = own;
+        }
+    }
+}
+
+/// Has a configuration for the guest name the copies of volumes.
+pub fn use_mirrors(spec: &mut Value, mirrors: &[Mirror]) {
+    let mounts = spec.get_mut("mounts").and_then(Value::as_array_mut).into_iter().flatten();
+    for source in mounts.filter_map(|mount| mount.get_mut("source")) {
+        let name = source.as_str().and_then(|path| Path::new(path).strip_prefix(VOLUMES_DIR).ok());
+        if let Some(mirror) = mirrors.iter().find(|mirror| name == Some(Path::new(&mirror.volume))) {
+            *source = json!(Path::new(MIRRORS_DIR).join(&mirror.volume));
+        }
+    }
 }
 
 /// A configuration for the guest, and what it needs on the host.
@@ -83,6 +101,8 @@ pub struct Translation {
     pub volumes: Vec<Volume>,
     /// What was left out, for the log.
     pub dropped: Vec<String>,
+    /// It shares process ids with other containers of the pod.
+    pub pod_pids: bool,
 }
 
 fn put(map: &mut Map<String, Value>, key: &str, value: &Option<impl Serialize>) {
@@ -92,18 +112,26 @@ fn put(map: &mut Map<String, Value>, key: &str, value: &Option<impl Serialize>) 
     }
 }
 
-/// Makes the guest's configuration of container `id`.
+/// Makes the guest's configuration of container `id`, which is one of `pod` or alone.
+///
+/// A namespace that a container of a pod joins by its path is the pod's, whatever the path: every process of the pod that
+/// containerd knows has the same process id, the VMM's.
 ///
 /// # Errors
 /// [`SpecError`].
-pub fn translate(host: &Spec, id: &ContainerId, shared: Option<Shared>) -> Result<Translation, SpecError> {
-    let mut dropped = Vec::new();
+pub fn translate(host: &Spec, id: &ContainerId, pod: Option<&SandboxId>) -> Result<Translation, SpecError> {
+    let (mut dropped, mut pod_pids) = (Vec::new(), false);
     let linux = host.linux().as_ref().ok_or(SpecError::Missing("linux section"))?;
     let host_process = host.process().as_ref().ok_or(SpecError::Missing("process"))?;
-    let mut volumes = Vec::new();
-    let mut mounts = Vec::new();
+    let (mut volumes, mut mounts) = (Vec::new(), Vec::new());
+    let mut namespaces = linux.namespaces().iter().flatten();
+    let joins_ipc =
+        namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::Ipc && namespace.path().is_some());
     for host_mount in host.mounts().iter().flatten() {
-        mounts.push(mount(host_mount, id, &mut volumes)?);
+        mounts.push(match pod.is_some_and(|pod| joins_ipc && is_pod_shm(host_mount, pod)) {
+            true => json!({ "destination": SHM, "type": "bind", "source": SHM, "options": ["rbind", "rw"] }),
+            false => mount(host_mount, id, &mut volumes)?,
+        });
     }
     let read_only = host.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
     let mut spec = Map::new();
@@ -113,8 +141,8 @@ pub fn translate(host: &Spec, id: &ContainerId, shared: Option<Shared>) -> Resul
     put(&mut spec, "hostname", host.hostname());
     put(&mut spec, "domainname", host.domainname());
     spec.insert("mounts".into(), Value::Array(mounts));
-    spec.insert("linux".into(), linux_section(linux, id, shared, &mut dropped)?);
-    Ok(Translation { spec: Value::Object(spec), volumes, dropped })
+    spec.insert("linux".into(), linux_section(linux, id, pod.is_some(), &mut pod_pids, &mut dropped)?);
+    Ok(Translation { spec: Value::Object(spec), volumes, dropped, pod_pids })
 }
 
 /// Makes the guest's configuration of a process: a container's, or an exec's.
@@ -141,6 +169,15 @@ pub fn process(host: &Process, dropped: &mut Vec<String>) -> Value {
     Value::Object(out)
 }
 
+/// Containers that share IPC share their memory files, too. What containerd keeps for that is a file system of the host's,
+/// or just a tmpfs for each container where the shim is the sandbox; that of a VM is the guest's own, of the same size.
+fn is_pod_shm(mount: &Mount, pod: &SandboxId) -> bool {
+    let parent = mount.source().as_deref().filter(|source| source.ends_with("shm")).and_then(Path::parent);
+    let containerds =
+        mount.typ().as_deref() == Some("tmpfs") || parent.is_some_and(|parent| parent.ends_with(pod.as_str()));
+    mount.destination() == Path::new(SHM) && containerds
+}
+
 fn is_bind(mount: &Mount) -> bool {
     let options = mount.options().iter().flatten();
     mount.typ().as_deref() == Some("bind") || options.into_iter().any(|o| o == "bind" || o == "rbind")
@@ -154,6 +191,9 @@ fn mount(host: &Mount, id: &ContainerId, volumes: &mut Vec<Volume>) -> Result<Va
     if mapped || options.iter().any(|o| o == "idmap" || o == "ridmap") {
         return Err(SpecError::Unsupported("an idmapped mount"));
     }
+    if options.iter().any(|o| o == "shared" || o == "rshared") {
+        return Err(SpecError::Unsupported("mount propagation back to the host"));
+    }
     if is_bind(host) {
         let source = host.source().as_ref().filter(|source| !source.as_os_str().is_empty());
         let volume = Volume {
@@ -166,6 +206,8 @@ fn mount(host: &Mount, id: &ContainerId, volumes: &mut Vec<Volume>) -> Result<Va
         };
         let source = Path::new(VOLUMES_DIR).join(&volume.name);
         volumes.push(volume);
+        // Read-only is recursive in the guest: what is mounted below a share has its flags.
+        let options: Vec<_> = options.iter().map(|o| if o == "rro" { "ro" } else { o }).collect();
         return Ok(json!({ "destination": destination, "type": "bind", "source": source, "options": options }));
     }
     let kind = host.typ().as_deref().unwrap_or_default();
@@ -184,7 +226,8 @@ fn mount(host: &Mount, id: &ContainerId, volumes: &mut Vec<Volume>) -> Result<Va
 fn linux_section(
     host: &Linux,
     id: &ContainerId,
-    shared: Option<Shared>,
+    in_pod: bool,
+    pod_pids: &mut bool,
     dropped: &mut Vec<String>,
 ) -> Result<Value, SpecError> {
     let mapped = host.uid_mappings().iter().flatten().chain(host.gid_mappings().iter().flatten()).next().is_some();
@@ -196,7 +239,7 @@ fn linux_section(
     }
     let mut namespaces = Vec::new();
     for host_namespace in host.namespaces().iter().flatten() {
-        namespaces.extend(namespace(host_namespace, shared)?);
+        namespaces.extend(namespace(host_namespace, in_pod, pod_pids)?);
     }
     let mut out = Map::new();
     out.insert("namespaces".into(), Value::Array(namespaces));
@@ -214,7 +257,9 @@ fn linux_section(
     put(&mut out, "seccomp", host.seccomp());
     put(&mut out, "maskedPaths", host.masked_paths());
     put(&mut out, "readonlyPaths", host.readonly_paths());
-    put(&mut out, "rootfsPropagation", host.rootfs_propagation());
+    if let Some(propagation) = host.rootfs_propagation() {
+        out.insert("rootfsPropagation".into(), json!(root_propagation(propagation)?));
+    }
     put(&mut out, "personality", host.personality());
     if host.mount_label().as_ref().is_some_and(|label| !label.is_empty()) {
         dropped.push("SELinux mount label".into());
@@ -225,26 +270,31 @@ fn linux_section(
     Ok(Value::Object(out))
 }
 
-fn namespace(host: &LinuxNamespace, shared: Option<Shared>) -> Result<Option<Value>, SpecError> {
+/// containerd says it in mount(8)'s words for a whole tree, the specification in those for one mount, and means the tree.
+fn root_propagation(word: &str) -> Result<&str, SpecError> {
+    match word.strip_prefix('r').unwrap_or(word) {
+        "shared" => Err(SpecError::Unsupported("mount propagation back to the host")),
+        plain => Ok(plain),
+    }
+}
+
+fn namespace(host: &LinuxNamespace, in_pod: bool, pod_pids: &mut bool) -> Result<Option<Value>, SpecError> {
     use LinuxNamespaceType as Type;
-    let file = match host.typ() {
+    let own = Ok(Some(json!({ "type": host.typ() })));
+    match (host.typ(), host.path()) {
         // The guest's own; the VMM is in the one on the host.
-        Type::Network => return Ok(None),
+        (Type::Network, _) => Ok(None),
         // Without mappings there is nothing that it would change.
-        Type::User => return Ok(None),
-        Type::Time => return Err(SpecError::Unsupported("a time namespace")),
-        Type::Pid => "pid",
-        Type::Ipc => "ipc",
-        Type::Uts => "uts",
-        Type::Mount => "mnt",
-        Type::Cgroup => "cgroup",
-    };
-    let Some(path) = host.path() else { return Ok(Some(json!({ "type": host.typ() }))) };
-    match shared {
-        Some(pids) if *path == Path::new(&format!("/proc/{}/ns/{file}", pids.host_pid)) => {
-            Ok(Some(json!({ "type": host.typ(), "path": format!("/proc/{}/ns/{file}", pids.guest_pid) })))
+        (Type::User, _) => Ok(None),
+        (Type::Time, _) => Err(SpecError::Unsupported("a time namespace")),
+        (Type::Pid | Type::Ipc | Type::Uts | Type::Mount | Type::Cgroup, None) => own,
+        // The guest's own, as the guest is the pod.
+        (Type::Ipc | Type::Uts, Some(_)) if in_pod => Ok(None),
+        (Type::Pid, Some(_)) if in_pod => {
+            *pod_pids = true;
+            own
         }
-        _ => Err(SpecError::Namespace(path.clone())),
+        (_, Some(path)) => Err(SpecError::Namespace(path.clone())),
     }
 }
 

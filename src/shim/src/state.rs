@@ -33,6 +33,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::config::UIDS_PER_POD;
+use crate::spec::ETC;
 
 /// Where sandboxes live while they run.
 pub const RUN_ROOT: &str = "/run/nacelle";
@@ -137,6 +138,28 @@ impl Dirs {
         self.pod.join("upper.ext4")
     }
 
+    /// Files that containers of a pod get below /etc, see [`Dirs::write_etc`].
+    pub fn etc(&self) -> PathBuf {
+        self.run.join("etc")
+    }
+
+    /// Writes files that containers of the pod get below /etc: names of [`ETC`], and what is in them.
+    ///
+    /// # Errors
+    /// [`StateError::Io`].
+    pub fn write_etc(&self, files: &[(&'static str, String)]) -> Result<(), StateError> {
+        if files.is_empty() {
+            return Ok(());
+        }
+        let etc = self.etc();
+        fs::create_dir(&etc).map_err(io_error("create", &etc))?;
+        for (name, text) in files {
+            let path = etc.join(name);
+            fs::write(&path, text).map_err(io_error("write", &path))?;
+        }
+        Ok(())
+    }
+
     fn state_file(&self) -> PathBuf {
         self.run.join("state.json")
     }
@@ -187,6 +210,8 @@ impl Dirs {
         rm(self.rpc_socket())?;
         rm(self.stream_socket())?;
         rmdir(self.run.join("sock"))?;
+        ETC.into_iter().try_for_each(|name| rm(self.etc().join(name)))?;
+        rmdir(self.etc())?;
         rmdir(self.volumes())?;
         rmdir(self.jail_root())?;
         rm(self.run.join("state.json.new"))?;

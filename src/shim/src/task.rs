@@ -29,6 +29,17 @@ pub struct Create {
     pub io: Wanted,
     /// Configuration that the request names; it counts for the container that boots the VM.
     pub origin: Option<Origin>,
+    /// It is a sandbox of the Sandbox API, which has no bundle of its own.
+    pub sandbox: Option<Box<SandboxConfig>>,
+}
+
+/// What takes the place of a bundle for a sandbox of the Sandbox API.
+#[derive(Clone, Debug)]
+pub struct SandboxConfig {
+    /// As a `config.json`.
+    pub config: Vec<u8>,
+    /// Files that containers of the pod get where containerd has made none: name below /etc, and content.
+    pub files: Vec<(&'static str, String)>,
 }
 
 /// An exec that shall be.
@@ -66,6 +77,10 @@ pub enum Call {
     },
     CloseIo,
     Shutdown,
+    /// End the VM with all that is in it, and with `leave` the shim. Done already is fine.
+    End {
+        leave: bool,
+    },
 }
 
 /// What can be said of a process.
@@ -150,6 +165,9 @@ pub enum TaskError {
     /// The VM was ended because of what its guest did.
     #[error("container {0}: the sandbox's VM was ended: {1}")]
     Ended(ContainerId, String),
+    /// A pod's sandbox was asked for something that needs a process.
+    #[error("{0} in sandbox {1}: a pod's sandbox has no process of its own")]
+    NoProcess(&'static str, ContainerId),
     /// The shim is on its way out.
     #[error("the shim is shutting down")]
     Leaving,

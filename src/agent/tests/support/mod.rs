@@ -99,7 +99,7 @@ fn prepare(cgroup: &Path) {
     let inert = MountFlags::NOSUID | MountFlags::NODEV;
     // Before /run is hidden: the cgroup's path may lie anywhere.
     mount_bind(cgroup, "/sys/fs/cgroup").expect("bind cgroup");
-    nacelle_agent::cgroup::delegate(Path::new("/sys/fs/cgroup")).expect("delegate");
+    nacelle_agent::cgroup::prepare().expect("make cgroups");
     mount("tmpfs", "/run", "tmpfs", inert, None).expect("tmpfs");
     let layers = Path::new("/run/nacelle/layers");
     std::fs::create_dir_all(layers).expect("layers");
@@ -222,7 +222,7 @@ impl Host {
 
     /// Creates a container of the base lower. The streams' names come from `streams`: stdin, stdout, stderr.
     pub async fn create(&self, id: &str, spec: Value, lowers: &[&str], io: Names) -> ttrpc::Result<u32> {
-        let container = json!({"spec": spec, "rootfs": {"lowers": lowers}});
+        let container = json!({"spec": spec, "rootfs": {"lowers": lowers}, "pod_pids": false, "mirrors": []});
         let options = Any {
             type_url: CONTAINER_TYPE.into(),
             value: serde_json::to_vec(&container).expect("json"),

@@ -244,7 +244,7 @@ impl World {
             ..Mount::default()
         };
         let io = Wanted { stdout: format!("file://{}", stdout.display()), ..Wanted::default() };
-        Call::Create(Create { bundle, rootfs: vec![rootfs], io, origin: None })
+        Call::Create(Create { bundle, rootfs: vec![rootfs], io, origin: None, sandbox: None })
     }
 
     pub(super) fn log(&self) -> PathBuf {

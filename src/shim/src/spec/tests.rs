@@ -45,8 +45,8 @@ fn id() -> ContainerId {
     ContainerId::new("c1").expect("id")
 }
 
-fn run(json: Value, shared: Option<Shared>) -> Result<Translation, SpecError> {
-    translate(&serde_json::from_value(json).expect("spec"), &id(), shared)
+fn run(json: Value, pod: Option<&SandboxId>) -> Result<Translation, SpecError> {
+    translate(&serde_json::from_value(json).expect("spec"), &id(), pod)
 }
 
 #[test]
@@ -124,13 +124,36 @@ fn less_confinement_is_refused() {
 }
 
 #[test]
-fn shared_namespaces() {
-    let shared = Some(Shared { host_pid: 4321, guest_pid: 77 });
+fn a_pod_shares_the_guests_namespaces() {
+    let pod = SandboxId::new("pod1").expect("id");
     let mut json = host();
-    json["linux"]["namespaces"] = json!([{ "type": "ipc", "path": "/proc/4321/ns/ipc" }, { "type": "mount" }]);
-    let spec = run(json.clone(), shared).expect("translate").spec;
-    assert_eq!(spec["linux"]["namespaces"][0], json!({ "type": "ipc", "path": "/proc/77/ns/ipc" }));
-    assert!(matches!(run(json.clone(), None), Err(SpecError::Namespace(_))));
-    json["linux"]["namespaces"] = json!([{ "type": "ipc", "path": "/proc/1/ns/ipc" }]);
-    assert!(matches!(run(json, shared), Err(SpecError::Namespace(_))), "of a stranger");
+    json["linux"]["namespaces"] = json!([
+        { "type": "ipc", "path": "/proc/4321/ns/ipc" }, { "type": "uts", "path": "/proc/4321/ns/uts" },
+        { "type": "pid" }, { "type": "mount" },
+    ]);
+    let translation = run(json.clone(), Some(&pod)).expect("translate");
+    assert_eq!(translation.spec["linux"]["namespaces"], json!([{ "type": "pid" }, { "type": "mount" }]));
+    assert!(!translation.pod_pids);
+    assert!(matches!(run(json.clone(), None), Err(SpecError::Namespace(_))), "a container that is alone");
+    json["linux"]["namespaces"][2] = json!({ "type": "pid", "path": "/proc/4321/ns/pid" });
+    let translation = run(json.clone(), Some(&pod)).expect("translate");
+    assert!(translation.pod_pids && translation.spec["linux"]["namespaces"][0] == json!({ "type": "pid" }));
+    json["linux"]["namespaces"][3] = json!({ "type": "mount", "path": "/proc/1/ns/mnt" });
+    assert!(matches!(run(json, Some(&pod)), Err(SpecError::Namespace(_))), "nobody shares mounts");
+}
+
+#[test]
+fn a_pods_shared_memory_is_the_guests() {
+    let pod = SandboxId::new("pod1").expect("id");
+    let shm = |source: &str| {
+        let mut json = host();
+        json["mounts"] = json!([{ "destination": "/dev/shm", "type": "bind", "source": source, "options": ["rbind"] }]);
+        json["linux"]["namespaces"] = json!([{ "type": "ipc", "path": "/proc/4321/ns/ipc" }, { "type": "mount" }]);
+        run(json, Some(&pod)).expect("translate")
+    };
+    let shared = shm("/run/containerd/io.containerd.grpc.v1.cri/sandboxes/pod1/shm");
+    assert_eq!(shared.spec["mounts"][0]["source"], "/dev/shm");
+    assert!(shared.volumes.is_empty());
+    let volume = shm("/var/lib/kubelet/pods/u/volumes/kubernetes.io~empty-dir/shm");
+    assert_eq!(volume.volumes.len(), 1, "a volume that has the name");
 }
