@@ -18,6 +18,7 @@ mod jail;
 mod lifecycle;
 mod load;
 mod network;
+mod pod_network;
 mod process;
 mod rootfs;
 mod stdio;
@@ -69,6 +70,7 @@ const THEMES: &[(&str, &[Case])] = &[
     ("hostile", hostile::CASES),
     ("jail", jail::CASES),
     ("network", network::CASES),
+    ("pod_network", pod_network::CASES),
     ("load", load::CASES),
 ];
 

@@ -9,6 +9,7 @@
 //! one that waits for events, and of events there are only so many a second. How large an answer may be, and that there
 //! is one answer to one request, is [`crate::wire`]'s to see to.
 
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,8 +17,9 @@ use containerd_shim_protos::api;
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim_async::{Client, TaskClient};
 use nacelle_protocol::agent::{
-    AgentClient, CONTAINER_TYPE, ConfigureRequest, Container, Event as WireEvent, EventsRequest, LAYERS_DIR,
-    LAYERS_TAG, MAX_PIDS, SetTimeRequest, Share, ShutdownRequest, UPPER_SERIAL, VOLUMES_DIR, VOLUMES_TAG, event::What,
+    AgentClient, CONTAINER_TYPE, ConfigureRequest, Container, Event as WireEvent, EventsRequest, ForwardRequest,
+    LAYERS_DIR, LAYERS_TAG, MAX_PIDS, Network, SetTimeRequest, Share, ShutdownRequest, UPPER_SERIAL, VOLUMES_DIR,
+    VOLUMES_TAG, event::What,
 };
 use nacelle_protocol::ids::{ContainerId, ExecId};
 use nacelle_protocol::stream::{Answer, Kind, PREAMBLE_LEN, Preamble, Status};
@@ -182,11 +184,12 @@ impl Guest {
         }
     }
 
-    /// Tells the guest where its shares and its disk are, and what time it is; returns its kernel's release.
+    /// Tells the guest where its shares and its disk are, what its network is, and what time it is; returns its kernel's
+    /// release.
     ///
     /// # Errors
     /// [`GuestError`].
-    pub async fn configure(&self, hostname: &str, volumes: bool) -> Result<String, GuestError> {
+    pub async fn configure(&self, hostname: &str, volumes: bool, network: Network) -> Result<String, GuestError> {
         let share = |tag: &str, target: &str, read_only| Share {
             tag: tag.to_owned(),
             target: target.to_owned(),
@@ -202,6 +205,7 @@ impl Guest {
             upper_serial: UPPER_SERIAL.to_owned(),
             hostname: hostname.to_owned(),
             realtime_ns: now_ns(),
+            network: MessageField::some(network),
             ..ConfigureRequest::default()
         };
         let response = ask("configure guest", self.agent.configure(soon(), &request)).await?;
@@ -212,6 +216,20 @@ impl Guest {
             tokio::spawn(keep_time(self.agent.clone()));
         }
         Ok(kernel)
+    }
+
+    /// Has the guest connect to an address of its own, and carry what comes and goes by two streams: one from here to
+    /// there, one back.
+    ///
+    /// # Errors
+    /// [`GuestError`], such as where nobody listens.
+    pub async fn forward(&self, to: SocketAddr, input: u64, output: u64) -> Result<(), GuestError> {
+        let address = match to.ip() {
+            IpAddr::V4(ip) => ip.octets().to_vec(),
+            IpAddr::V6(ip) => ip.octets().to_vec(),
+        };
+        let request = ForwardRequest { address, port: to.port().into(), input, output, ..ForwardRequest::default() };
+        ask("forward connection", self.agent.forward(soon(), &request)).await.map(drop)
     }
 
     /// Creates a container; returns the guest's process id.

@@ -6,6 +6,7 @@
 //!                              ├─ perform          what it takes
 //!                              │    ├─ bundle, spec, config        read and checked
 //!                              │    ├─ pod: state, cgroup, volumes  on the host
+//!                              │    ├─ network                     the pod's interfaces
 //!                              │    ├─ vm, guest, tail             the VMM and the agent
 //!                              │    └─ stdio, stream, hooks
 //!                              └─ events, publisher                what containerd hears
@@ -26,6 +27,7 @@ mod events;
 mod guest;
 mod hooks;
 mod info;
+mod network;
 mod perform;
 mod pod;
 mod publisher;

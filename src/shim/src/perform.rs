@@ -17,10 +17,11 @@ use tokio::sync::mpsc;
 use crate::bundle::{Bundle, Role};
 use crate::guest::GuestEvent;
 use crate::hooks;
+use crate::network;
 use crate::pod::{Env, Host, Pod, PodError, blocking, link_layers};
 use crate::sandbox::{ProcessKey, Refusal};
 use crate::spec::{self, Shared, Volume};
-use crate::stdio::{Io, Owner};
+use crate::stdio::{Io, Owner, Wanted};
 use crate::task::{Create, Exec, TaskError};
 use crate::vm;
 use crate::volumes;
@@ -44,6 +45,18 @@ pub struct Local {
 }
 
 impl Local {
+    fn new(bundle: &Bundle, rootfs: &[Mount], volumes: &[Volume]) -> Self {
+        Self {
+            hooks: bundle.hooks().cloned(),
+            version: bundle.spec.version().clone(),
+            annotations: bundle.annotations().clone(),
+            volumes: volumes.iter().map(|volume| volume.name.clone()).collect(),
+            guest_pid: 0,
+            bundle: bundle.dir.clone(),
+            rootfs: rootfs.to_vec(),
+        }
+    }
+
     fn hook_state(&self, id: &ContainerId, status: &'static str, pid: u32) -> hooks::State {
         hooks::State {
             version: self.version.clone(),
@@ -122,8 +135,11 @@ pub async fn create_first(
     let host = Arc::new(host);
     // A container that is alone brings all of its volumes with it.
     let volumes = bundle.role == Role::Sandbox || !translation.volumes.is_empty();
+    let local = Local::new(&bundle, &request.rootfs, &translation.volumes);
+    let hooks = local.hooks.as_ref().map(|hooks| (hooks, local.hook_state(&id, "creating", 0)));
     let booted = async {
-        let (pod, events) = Pod::boot(&env, host.clone(), listeners?, &programs, &bundle, size, volumes).await?;
+        let boot = Pod::boot(&env, host.clone(), listeners?, &programs, &bundle, size, volumes, hooks);
+        let (pod, events) = boot.await?;
         Ok::<_, TaskError>((Arc::new(pod), events))
     };
     // The conversion cannot be interrupted, and must not write into a directory that is being removed.
@@ -142,7 +158,7 @@ pub async fn create_first(
             return Err(e);
         }
     };
-    match finish(&env, &pod, id, bundle, translation.spec, translation.volumes, layers, request).await {
+    match finish(&env, &pod, id, local, translation.spec, layers, request.io).await {
         Ok(created) => Ok((pod, events, created)),
         Err(e) => {
             pod.stop().await;
@@ -177,44 +193,33 @@ pub async fn create_next(
         link_layers(host.data_dir(), &host.dirs, &name, &rootfs, &host.record)
     });
     let layers = layers.await;
-    let names: Vec<_> = translation.volumes.iter().map(|volume| volume.name.clone()).collect();
-    let created = finish(&env, &pod, id, bundle, translation.spec, translation.volumes, layers, request).await;
+    let local = Local::new(&bundle, &request.rootfs, &translation.volumes);
+    let names = local.volumes.clone();
+    let created = async {
+        if let Some(hooks) = &local.hooks {
+            hooks::created(hooks, &local.hook_state(&id, "creating", pid)).await?;
+        }
+        finish(&env, &pod, id, local, translation.spec, layers, request.io).await
+    };
+    let created = created.await;
     if created.is_err() {
         unbind_all(&pod, names).await;
     }
     created
 }
 
-#[expect(clippy::too_many_arguments, reason = "the common end of two ways, called nowhere else")]
+/// The common end of both ways.
 async fn finish(
     env: &Env,
     pod: &Pod,
     id: ContainerId,
-    bundle: Bundle,
+    mut local: Local,
     spec: serde_json::Value,
-    volumes: Vec<Volume>,
     layers: Result<Vec<String>, PodError>,
-    request: Create,
+    wanted: Wanted,
 ) -> Result<Created, TaskError> {
     let pid = pod.vm.pid();
-    let hooks = bundle.hooks().cloned();
-    let mut local = Local {
-        hooks,
-        version: bundle.spec.version().clone(),
-        annotations: bundle.annotations().clone(),
-        volumes: volumes.into_iter().map(|volume| volume.name).collect(),
-        guest_pid: 0,
-        bundle: bundle.dir,
-        rootfs: request.rootfs,
-    };
-    let wanted = request.io;
     let io = Io::open(&pod.hub, &owner(env, &id), &wanted).await?;
-    if let Some(hooks) = &local.hooks {
-        let state = local.hook_state(&id, "creating", pid);
-        // Deprecated, but first: OCI runtime specification, `config.md`, "POSIX-platform Hooks".
-        hooks::run("prestart", hooks.prestart().as_ref(), &state).await?;
-        hooks::run("createRuntime", hooks.create_runtime().as_ref(), &state).await?;
-    }
     let container = Container { spec, rootfs: Rootfs { lowers: layers? } };
     let create = async { Ok::<_, TaskError>(pod.guest.create(&id, &container, wanted.terminal, io.names()).await?) };
     let asked = Instant::now();
@@ -244,6 +249,10 @@ pub async fn exec(env: Arc<Env>, pod: Arc<Pod>, key: ProcessKey, request: Exec) 
 /// # Errors
 /// [`TaskError`].
 pub async fn start(pod: Arc<Pod>, key: ProcessKey, local: Option<Local>) -> Result<u32, TaskError> {
+    if pod.unwired && key.exec.is_none() {
+        // `ctr run --cni` adds one between Create and Start. Without it the container would be silently alone.
+        network::expect_none(pod.vm.pid()).await.map_err(PodError::from)?;
+    }
     let start = async { Ok::<_, TaskError>(pod.guest.start(&key).await?) };
     let guest_pid = pod.while_alive(start).await?;
     if key.exec.is_some() {

@@ -93,6 +93,7 @@ fn config(kernel: &str, init: &str, vcpus: u8, memory_mib: u32) -> Result<VmConf
         shares: Vec::new(),
         disks: Vec::new(),
         sockets: Vec::new(),
+        awaits_nics: false,
         // Never entered.
         jail: Jail {
             root: "/".into(),
