@@ -4,6 +4,7 @@
 pub mod command;
 pub mod events;
 pub mod grpc;
+pub mod lan;
 pub mod leftovers;
 pub mod node;
 pub mod shim;

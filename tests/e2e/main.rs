@@ -20,6 +20,7 @@ mod kernel;
 mod lifecycle;
 mod load;
 mod network;
+mod pod_network;
 mod process;
 mod rootfs;
 mod stdio;
@@ -72,6 +73,7 @@ const THEMES: &[(&str, &[Case])] = &[
     ("jail", jail::CASES),
     ("network", network::CASES),
     ("kernel", kernel::CASES),
+    ("pod_network", pod_network::CASES),
     ("load", load::CASES),
 ];
 

@@ -11,7 +11,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use containerd_shim_protos::shim_async::create_task;
 use nacelle_protocol::agent::{
-    Agent, ConfigureRequest, ConfigureResponse, EventsRequest, EventsResponse, RefreshRequest, RefreshResponse,
+    Agent, ConfigureRequest, ConfigureResponse, EventsRequest, EventsResponse, ForwardRequest, ForwardResponse,
+    RefreshRequest, RefreshResponse,
     SetTimeRequest, SetTimeResponse, ShutdownRequest, ShutdownResponse, create_agent,
 };
 use thiserror::Error;
@@ -25,9 +26,11 @@ use crate::console::chain;
 use crate::create;
 use crate::dial::{self, Connection, DialError};
 use crate::features;
+use crate::forward;
 use crate::guest::Guest;
 use crate::mirror;
 use crate::mount;
+use crate::network;
 use crate::service::{Tasks, rpc_status};
 
 /// How long the host may take to close the connection after it has asked the guest to end.
@@ -117,6 +120,8 @@ impl Agent for Service {
         if !request.hostname.is_empty() {
             rustix::system::sethostname(request.hostname.as_bytes()).map_err(|error| internal(&error))?;
         }
+        // The kernel does what it is asked for at once, so the mounts need not be awaited in between.
+        network::configure(&request.network).await.map_err(|error| internal(&error))?;
         let mounting = tokio::task::spawn_blocking(move || {
             for share in &request.shares {
                 mount::mount_share(&share.tag, &share.target, share.read_only)?;
@@ -141,6 +146,17 @@ impl Agent for Service {
     async fn events(&self, _: &TtrpcContext, request: EventsRequest) -> ttrpc::Result<EventsResponse> {
         let events = self.guest.events.after(request.after).await;
         Ok(EventsResponse { events, ..Default::default() })
+    }
+
+    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<ForwardResponse> {
+        let dial = self.guest.dial.clone();
+        let ForwardRequest { address, port, input, output, .. } = request;
+        let started = tokio::spawn(async move { forward::start(&dial, &address, port, input, output).await });
+        match started.await {
+            Ok(Ok(())) => Ok(ForwardResponse::default()),
+            Ok(Err(error)) => Err(rpc_status(Code::UNAVAILABLE, chain(&error))),
+            Err(error) => Err(internal(&error)),
+        }
     }
 
     async fn set_time(&self, _: &TtrpcContext, request: SetTimeRequest) -> ttrpc::Result<SetTimeResponse> {

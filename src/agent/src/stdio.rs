@@ -10,6 +10,7 @@
 //! closes the connection; so the last bytes of a process that ends at once are never lost, and a process left in the
 //! background holds nothing but its own pipe. An input pump lives at most as long as its [`Io`].
 
+use std::borrow::Borrow;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
@@ -30,7 +31,7 @@ use crate::frame::{Frame, Frames};
 const LINGER: Duration = Duration::from_secs(30);
 
 /// Credit that is given back at once; less waits for more.
-const CREDIT_STEP: u32 = WINDOW / 4;
+pub const CREDIT_STEP: u32 = WINDOW / 4;
 
 /// Why a process's stdio could not be set up.
 #[derive(Debug, Error)]
@@ -250,18 +251,25 @@ impl Credit {
 }
 
 async fn pump_out(source: Arc<Fd>, wire: Box<dyn Connection>) {
+    copy_out(source, wire).await;
+}
+
+/// Copies to the host until the source has ended, and drops it; then waits for the host to close the stream. Returns
+/// whether all went well.
+pub async fn copy_out(source: impl Borrow<Fd>, wire: Box<dyn Connection>) -> bool {
     let credit = Credit { bytes: Mutex::new(u64::from(WINDOW)), more: Notify::new() };
     let (receive, mut send) = tokio::io::split(wire);
     let receiving = receive_credit(receive, &credit);
     tokio::pin!(receiving);
     tokio::select! {
         // The host is gone: nobody will ever read this.
-        () = &mut receiving => return,
-        sent = send_all(&source, &mut send, &credit) => if sent.is_err() { return },
+        () = &mut receiving => return false,
+        sent = send_all(source.borrow(), &mut send, &credit) => if sent.is_err() { return false },
     }
     drop(source);
     // The host closes first, so that its last credit never meets a closed connection.
     let _ = tokio::time::timeout(LINGER, receiving).await;
+    true
 }
 
 async fn receive_credit(receive: impl AsyncRead + Unpin, credit: &Credit) {

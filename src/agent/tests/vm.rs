@@ -93,6 +93,7 @@ async fn boot(memory_mib: u32) -> (Machine, Host) {
         shares: vec![Share { tag: LAYERS_TAG.into(), source: at("layers"), read_only: true, idmap: false }],
         disks: vec![Disk { serial: UPPER_SERIAL.into(), source: at("upper.ext4"), read_only: false }],
         sockets: sockets.into(),
+        awaits_nics: false,
         jail: Jail {
             root: at("root"),
             uid_base: 231_072,

@@ -32,6 +32,8 @@
 //!  stdout, stderr    guest ── DATA… EOF ──► host        guest ◄── CREDIT ── host
 //! ```
 //!
+//! A connection that is forwarded into the guest is two streams, one for each direction. Its end without EOF is a reset.
+//!
 //! The sender starts with [`WINDOW`] bytes of credit and never sends more than it has. That is needed because a host
 //! end that stops reading blocks libkrun's event loop, and with it the whole VM: the shim always reads, and holds at
 //! most one window per stream. End of file is a frame because libkrun turns a host's half-close into a reset.

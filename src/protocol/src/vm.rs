@@ -6,7 +6,7 @@
 //!  0  /dev/null
 //!  1  /dev/null
 //!  2  log        write end of a pipe: text, one line a message
-//!  3  config     read end: one VmConfig as JSON, then end of file
+//!  3  config     read end: one VmConfig as a line of JSON; where it asks for them, its Nics as another; end of file
 //!  4  report     write end of a pipe: one Report as JSON a line
 //!  5  lifeline   read end of a pipe that the shim keeps open: end of file means the shim is gone, and the VMM exits
 //!  6  console    write end of a pipe: what the guest's kernel prints on hvc0 (always drained by the shim)
@@ -37,8 +37,15 @@ pub const AGENT_NAME: &str = "agent";
 /// Empty directories in the root of the guest's image, for what the agent mounts.
 pub const MOUNT_POINTS: &[&str] = &["dev", "proc", "run", "sys", "tmp"];
 
-/// Longest [`VmConfig`] or [`Report`] line that a reader accepts, in bytes.
+/// Longest [`VmConfig`], [`Nics`] or [`Report`] line that a reader accepts, in bytes.
 pub const MAX_JSON: usize = 1 << 20;
+
+/// virtio-mmio devices that libkrun can attach: on x86_64 one interrupt line each, 5 to 15 (`krun-arch`,
+/// x86_64/layout.rs). Elsewhere there are more, but a configuration shall fit everywhere.
+pub const MAX_DEVICES: usize = 11;
+
+/// Devices that every machine has: balloon and rng (libkrun adds them always), console, the root's disk, vsock.
+pub const FIXED_DEVICES: usize = 5;
 
 /// One microVM, complete.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -64,8 +71,18 @@ pub struct VmConfig {
     pub disks: Vec<Disk>,
     /// vsock ports of the host that the guest may dial.
     pub sockets: Vec<Socket>,
+    /// Whether [`Nics`] follow on the same descriptor. The VMM closes its jail meanwhile and waits for them before the
+    /// machine starts: what is in a namespace may be known only when a process is in it that hooks can be told of.
+    pub awaits_nics: bool,
     /// What confines the process.
     pub jail: Jail,
+}
+
+impl VmConfig {
+    /// Network devices that the machine still has room for.
+    pub fn room(&self) -> usize {
+        MAX_DEVICES.saturating_sub(FIXED_DEVICES + self.shares.len() + self.disks.len())
+    }
 }
 
 /// A directory of the host, served to the guest by virtiofs.
@@ -103,6 +120,24 @@ pub struct Socket {
     pub port: u32,
     /// Path of a listening UNIX socket on the host.
     pub source: PathBuf,
+}
+
+/// The network devices of the machine, in device order.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Nics {
+    /// All of them; none is fine.
+    pub nics: Vec<Nic>,
+}
+
+/// A tap in the VMM's network namespace, served to the guest by virtio-net.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Nic {
+    /// Name of the tap, 1 to 15 bytes of `[a-z0-9]`. It is there, up, and belongs to the jail's first id.
+    pub tap: String,
+    /// Hardware address that the guest sees.
+    pub mac: [u8; 6],
 }
 
 /// What confines the VMM process. The jail fails closed; only its last two layers can be asked to be less, by the node's

@@ -17,6 +17,7 @@ use crate::args::Args;
 use crate::bundle::{self, Role};
 use crate::cgroup;
 use crate::config::Origin;
+use crate::network::{self, Netns};
 use crate::publisher::{now_ns, timestamp};
 use crate::sandbox::KILLED;
 use crate::state::{Dirs, RUN_ROOT, State, UidSlot};
@@ -63,6 +64,10 @@ fn remove_sandbox(run_root: &Path, namespace: &SandboxId, sandbox: &SandboxId) -
     if let Some(vmm) = state.vmm {
         vmm.kill(PATIENCE)?;
     }
+    // A namespace that is gone has taken everything with it.
+    if let Some(netns) = state.netns.and_then(|path| Netns::open(&path).ok()) {
+        network::detach(&netns, &network::label(namespace, sandbox))?;
+    }
     cgroup::remove(&state.cgroups);
     dirs(&data).remove()?;
     UidSlot::forget(run_root, &dirs(&data));
@@ -93,6 +98,7 @@ mod tests {
             shim: Process::find(shim.id()),
             vmm: Process::find(vmm.id()),
             cgroups: Vec::new(),
+            netns: None,
             data_dir: data.clone(),
             socket: socket.clone(),
         };

@@ -10,6 +10,7 @@
 //! is one answer to one request, is [`crate::wire`]'s to see to.
 
 use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,8 +18,9 @@ use containerd_shim_protos::api;
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim_async::{Client, TaskClient};
 use nacelle_protocol::agent::{
-    AgentClient, CONTAINER_TYPE, ConfigureRequest, Container, Event as WireEvent, EventsRequest, LAYERS_DIR,
-    LAYERS_TAG, MAX_PIDS, RefreshRequest, SetTimeRequest, Share, ShutdownRequest, UPPER_SERIAL, VOLUMES_DIR, VOLUMES_TAG, event::What,
+    AgentClient, CONTAINER_TYPE, ConfigureRequest, Container, Event as WireEvent, EventsRequest, ForwardRequest,
+    LAYERS_DIR, LAYERS_TAG, MAX_PIDS, Network, RefreshRequest, SetTimeRequest, Share, ShutdownRequest, UPPER_SERIAL,
+    VOLUMES_DIR, VOLUMES_TAG, event::What,
 };
 use nacelle_protocol::ids::{ContainerId, ExecId};
 use nacelle_protocol::stream::{Answer, Kind, PREAMBLE_LEN, Preamble, Status};
@@ -201,8 +203,8 @@ impl Guest {
         }
     }
 
-    /// Tells the guest where its shares and its disk are, its name and kernel parameters, and what time it is; returns what it
-    /// says of its kernel.
+    /// Tells the guest where its shares and its disk are, its name and kernel parameters, what its network is, and what time it
+    /// is; returns what it says of its kernel.
     ///
     /// # Errors
     /// [`GuestError`].
@@ -211,6 +213,7 @@ impl Guest {
         hostname: &str,
         sysctls: HashMap<String, String>,
         volumes: bool,
+        network: Network,
     ) -> Result<Kernel, GuestError> {
         let share = |tag: &str, target: &str, read_only| Share {
             tag: tag.to_owned(),
@@ -228,6 +231,7 @@ impl Guest {
             hostname: hostname.to_owned(),
             sysctls,
             realtime_ns: now_ns(),
+            network: MessageField::some(network),
             ..ConfigureRequest::default()
         };
         let response = ask("configure guest", self.agent.configure(soon(), &request)).await?;
@@ -240,6 +244,20 @@ impl Guest {
             tokio::spawn(keep_time(self.agent.clone()));
         }
         Ok(kernel)
+    }
+
+    /// Has the guest connect to an address of its own, and carry what comes and goes by two streams: one from here to
+    /// there, one back.
+    ///
+    /// # Errors
+    /// [`GuestError`], such as where nobody listens.
+    pub async fn forward(&self, to: SocketAddr, input: u64, output: u64) -> Result<(), GuestError> {
+        let address = match to.ip() {
+            IpAddr::V4(ip) => ip.octets().to_vec(),
+            IpAddr::V6(ip) => ip.octets().to_vec(),
+        };
+        let request = ForwardRequest { address, port: to.port().into(), input, output, ..ForwardRequest::default() };
+        ask("forward connection", self.agent.forward(soon(), &request)).await.map(drop)
     }
 
     /// Creates a container; returns the guest's process id.

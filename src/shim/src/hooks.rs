@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use oci_spec::runtime::Hook;
+use oci_spec::runtime::{Hook, Hooks};
 use thiserror::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
@@ -95,6 +95,16 @@ pub async fn run(stage: &'static str, hooks: Option<&Vec<Hook>>, state: &State) 
         run_one(stage, hook, state).await?;
     }
     Ok(())
+}
+
+/// Runs the hooks of a container's creation.
+///
+/// # Errors
+/// [`HookError`] of the one that failed.
+pub async fn created(hooks: &Hooks, state: &State) -> Result<(), HookError> {
+    // Deprecated, but first: OCI runtime specification, `config.md`, "POSIX-platform Hooks".
+    run("prestart", hooks.prestart().as_ref(), state).await?;
+    run("createRuntime", hooks.create_runtime().as_ref(), state).await
 }
 
 async fn run_one(stage: &'static str, hook: &Hook, state: &State) -> Result<(), HookError> {

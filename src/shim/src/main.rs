@@ -7,6 +7,7 @@
 //!                              │    ├─ bundle, spec, config        read and checked
 //!                              │    ├─ pod: state, cgroup, volumes  on the host
 //!                              │    ├─ mirror                      volumes that change while somebody watches
+//!                              │    ├─ network                     the pod's interfaces
 //!                              │    ├─ vm, guest, tail             the VMM and the agent
 //!                              │    └─ stdio, stream, hooks
 //!                              └─ events, publisher                what containerd hears
@@ -28,6 +29,7 @@ mod guest;
 mod hooks;
 mod info;
 mod mirror;
+mod network;
 mod perform;
 mod pod;
 mod pod_config;

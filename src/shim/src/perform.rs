@@ -17,10 +17,11 @@ use tokio::sync::mpsc;
 use crate::bundle::{Bundle, Role};
 use crate::guest::GuestEvent;
 use crate::hooks;
+use crate::network;
 use crate::pod::{Env, Host, Pod, PodError, blocking, link_layers};
 use crate::sandbox::{KILLED, ProcessKey, Refusal};
-use crate::spec::{self, Translation};
-use crate::stdio::{Io, Owner};
+use crate::spec::{self, Translation, Volume};
+use crate::stdio::{Io, Owner, Wanted};
 use crate::task::{Create, Exec, TaskError};
 use crate::vm;
 use crate::volumes;
@@ -45,6 +46,18 @@ pub struct Local {
 }
 
 impl Local {
+    fn new(bundle: &Bundle, rootfs: &[Mount], volumes: &[Volume]) -> Self {
+        Self {
+            hooks: bundle.hooks().cloned(),
+            version: bundle.spec.version().clone(),
+            annotations: bundle.annotations().clone(),
+            volumes: volumes.iter().map(|volume| volume.name.clone()).collect(),
+            guest_pid: None,
+            bundle: bundle.dir.clone(),
+            rootfs: rootfs.to_vec(),
+        }
+    }
+
     fn hook_state(&self, id: &ContainerId, status: &'static str, pid: u32) -> hooks::State {
         hooks::State {
             version: self.version.clone(),
@@ -135,8 +148,11 @@ pub async fn create_first(
     let host = Arc::new(host);
     // A container that is alone brings all of its volumes with it.
     let share = bundle.role == Role::Sandbox || !volumes.is_empty();
+    let local = Local::new(&bundle, &request.rootfs, &volumes);
+    let hooks = local.hooks.as_ref().map(|hooks| (hooks, local.hook_state(&id, "creating", 0)));
     let booted = async {
-        let (pod, events) = Pod::boot(&env, host.clone(), listeners?, &programs, &bundle, size, share).await?;
+        let boot = Pod::boot(&env, host.clone(), listeners?, &programs, &bundle, size, share, hooks);
+        let (pod, events) = boot.await?;
         Ok::<_, TaskError>((Arc::new(pod), events))
     };
     // The conversion cannot be interrupted, and must not write into a directory that is being removed.
@@ -155,7 +171,7 @@ pub async fn create_first(
             return Err(e);
         }
     };
-    match finish(&env, &pod, id, bundle, translation, layers, request).await {
+    match finish(&env, &pod, id, local, translation, layers, request.io).await {
         Ok(created) => Ok((pod, events, created)),
         Err(e) => {
             pod.stop().await;
@@ -192,8 +208,15 @@ pub async fn create_next(env: Arc<Env>, pod: Arc<Pod>, id: ContainerId, request:
         link_layers(host.data_dir(), &host.dirs, &name, &rootfs, &host.record)
     });
     let layers = layers.await;
-    let names: Vec<_> = translation.volumes.iter().map(|volume| volume.name.clone()).collect();
-    let created = finish(&env, &pod, id, bundle, Some(translation), layers, request).await;
+    let local = Local::new(&bundle, &request.rootfs, &translation.volumes);
+    let names = local.volumes.clone();
+    let created = async {
+        if let Some(hooks) = &local.hooks {
+            hooks::created(hooks, &local.hook_state(&id, "creating", pid)).await?;
+        }
+        finish(&env, &pod, id, local, Some(translation), layers, request.io).await
+    };
+    let created = created.await;
     if created.is_err() {
         unbind_all(&pod, names).await;
     }
@@ -205,32 +228,14 @@ async fn finish(
     env: &Env,
     pod: &Arc<Pod>,
     id: ContainerId,
-    bundle: Bundle,
+    mut local: Local,
     translation: Option<Translation>,
     layers: Result<Vec<String>, PodError>,
-    request: Create,
+    wanted: Wanted,
 ) -> Result<Created, TaskError> {
     let pid = pod.vm.pid();
-    let hooks = bundle.hooks().cloned();
-    let limit = pod.host.upper_limit(pod.host.policy().read(bundle.annotations())?.container_mib)?;
-    let volumes = translation.iter().flat_map(|translation| &translation.volumes);
-    let mut local = Local {
-        hooks,
-        version: bundle.spec.version().clone(),
-        annotations: bundle.annotations().clone(),
-        volumes: volumes.map(|volume| volume.name.clone()).collect(),
-        guest_pid: None,
-        bundle: bundle.dir,
-        rootfs: request.rootfs,
-    };
-    let wanted = request.io;
+    let limit = pod.host.upper_limit(pod.host.policy().read(&local.annotations)?.container_mib)?;
     let io = Io::open(&pod.hub, &owner(env, &id), &wanted).await?;
-    if let Some(hooks) = &local.hooks {
-        let state = local.hook_state(&id, "creating", pid);
-        // Deprecated, but first: OCI runtime specification, `config.md`, "POSIX-platform Hooks".
-        hooks::run("prestart", hooks.prestart().as_ref(), &state).await?;
-        hooks::run("createRuntime", hooks.create_runtime().as_ref(), &state).await?;
-    }
     let lowers = layers?;
     let Some(Translation { mut spec, pod_pids, volumes, .. }) = translation else {
         pod.host.record.write();
@@ -274,6 +279,10 @@ pub async fn exec(env: Arc<Env>, pod: Arc<Pod>, key: ProcessKey, request: Exec) 
 /// # Errors
 /// [`TaskError`].
 pub async fn start(pod: Arc<Pod>, key: ProcessKey, local: Option<Local>) -> Result<u32, TaskError> {
+    if pod.unwired && key.exec.is_none() {
+        // `ctr run --cni` adds one between Create and Start. Without it the container would be silently alone.
+        network::expect_none(pod.vm.pid()).await.map_err(PodError::from)?;
+    }
     let pid = pod.vm.pid();
     if key.exec.is_some() || local.as_ref().is_none_or(|local| local.guest_pid.is_some()) {
         let start = async { Ok::<_, TaskError>(pod.guest.start(&key).await?) };

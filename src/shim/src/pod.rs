@@ -2,9 +2,14 @@
 //!
 //! ```text
 //!  Host::claim   directories, range of ids                                   ─┐ undone by
-//!  Host::equip   upper disk, volumes, cgroup, sockets                          │ Host::remove
+//!  Host::equip   upper disk, volumes, cgroup, sockets, network namespace       │ Host::remove
 //!  Pod::boot     VMM ─► jail ─► kernel ─► agent dials ─► Configure            ─┘ Pod::stop
+//!                interfaces are redirected meanwhile; the kernel waits for it
 //! ```
+//!
+//! A namespace that somebody has made is looked at while the VMM builds its jail. One of the VMM's own has interfaces only
+//! where a hook puts some there; hooks are told of a process in it, so they run when the VMM is there, and the kernel waits
+//! for them.
 //!
 //! Each step consumes the one before, so a wrong order does not compile. `state.json` is written before there is
 //! anything that a crash could leave behind, and again when the VMM runs.
@@ -13,19 +18,21 @@ use std::collections::HashMap;
 use std::io;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use nacelle_protocol::features;
 use nacelle_protocol::ids::SandboxId;
-use nacelle_protocol::vm::{AGENT_NAME, MOUNT_POINTS, Network};
+use nacelle_protocol::vm::{AGENT_NAME, MOUNT_POINTS, Network, Nics};
 use nacelle_rootfs::cache::{Cache, CacheError};
 use nacelle_rootfs::plan::RootfsPlan;
 use nacelle_rootfs::{Limits, program, upper};
+use oci_spec::runtime::Hooks;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use thiserror::Error;
 use tokio::net::UnixListener;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::annotations::{AnnotationError, CONTAINER_MIB, Policy, refuse};
@@ -34,7 +41,10 @@ use crate::cgroup::{self, CgroupError};
 use crate::conduct::Conduct;
 use crate::config::{Config, Idmap, Origin, Programs};
 use crate::guest::{Guest, GuestError, GuestEvent};
+use crate::hooks::{self, HookError};
 use crate::mirror::Mirrors;
+use crate::network::forward::{self, Doors};
+use crate::network::{self, Attached, Netns, NetworkError, Owner};
 use crate::spec::Volume;
 use crate::state::{Dirs, Process, State, StateError, UidSlot};
 use crate::status::Record;
@@ -72,6 +82,12 @@ pub enum PodError {
     /// The cgroup.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// The network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    /// A hook says no.
+    #[error(transparent)]
+    Hook(#[from] HookError),
     /// The VMM.
     #[error(transparent)]
     Vm(#[from] VmError),
@@ -200,6 +216,11 @@ pub struct Host {
     cgroups: Vec<PathBuf>,
     /// The image of the guest's root.
     agent: PathBuf,
+    label: String,
+    /// The namespace whose interfaces are redirected.
+    netns: OnceLock<Netns>,
+    /// A path of it, where it has one that outlives the VMM.
+    netns_path: Option<PathBuf>,
     /// The VMM's program.
     pub vmm: PathBuf,
     config: Config,
@@ -236,7 +257,11 @@ impl Host {
                     status.uid_base = slot.first(config.uid_base);
                 });
                 let socket = env.socket.clone();
-                let host = Self { dirs, slot, cgroups: Vec::new(), agent, vmm, config, socket, record };
+                let label = network::label(&env.namespace, &env.sandbox);
+                let (netns, netns_path) = (OnceLock::new(), None);
+                let cgroups = Vec::new();
+                let host =
+                    Self { dirs, slot, cgroups, agent, label, netns, netns_path, vmm, config, socket, record };
                 host.write_state(None).inspect_err(|_| host.remove())?;
                 Ok(host)
             }
@@ -286,13 +311,15 @@ impl Host {
             shim: Process::find(std::process::id()),
             vmm,
             cgroups: self.cgroups.clone(),
+            netns: self.netns_path.clone(),
             data_dir: self.config.data_dir.clone(),
             socket: self.socket.clone(),
         };
         state.write(&self.dirs)
     }
 
-    /// Makes the upper disk, the volumes of the first container, the cgroup and the sockets.
+    /// Makes the upper disk, the volumes of the first container, the cgroup and the sockets, and opens the network
+    /// namespace.
     ///
     /// # Errors
     /// [`PodError`]; what was made is left to [`Host::remove`].
@@ -312,13 +339,26 @@ impl Host {
             let root = cgroup::root().ok_or(CgroupError::NoHierarchy)?;
             self.cgroups = cgroup::create(&root, path, limits(size, cpu_shares))?;
         }
+        if let Network::Join(path) = &bundle.network {
+            let _ = self.netns.set(Netns::open(path)?);
+            self.netns_path = Some(path.clone());
+        }
         self.write_state(None)?;
         let listen = |path: PathBuf| listen_at(&path, uid).map_err(io_error("listen at", &path));
         Ok(Listeners { rpc: listen(self.dirs.rpc_socket())?, streams: listen(self.dirs.stream_socket())? })
     }
 
+    /// Leads the interfaces of the pod's namespace into a VM with room for that many.
+    async fn attach(&self, room: usize) -> Result<Attached, NetworkError> {
+        let Some(netns) = self.netns.get() else { return Ok(Attached::default()) };
+        network::attach(netns, Owner { sandbox: self.label.clone(), uid: self.uid() }, room).await
+    }
+
     /// Removes all of it. What cannot be removed is left to `delete`, and said.
     pub fn remove(&self) {
+        if let Some(Err(e)) = self.netns.get().map(|netns| network::detach(netns, &self.label)) {
+            tracing::error!("{}", crate::chain(&e));
+        }
         if let Err(e) = volumes::destroy(&self.dirs.volumes()) {
             tracing::error!("{}", crate::chain(&e));
         }
@@ -366,11 +406,15 @@ pub struct Pod {
     pub conduct: Arc<Conduct>,
     /// Volumes that the guest has in copies.
     pub mirrors: Mirrors,
+    /// It has a network namespace of its own, and nothing in it.
+    pub unwired: bool,
     streams: tokio::task::AbortHandle,
+    forwarding: Option<tokio::task::AbortHandle>,
 }
 
 impl Pod {
-    /// Starts the VMM, and returns with the guest configured, its events coming in at the receiver.
+    /// Starts the VMM, and returns with the guest configured, its events coming in at the receiver. `hooks` are those of
+    /// the first container, with its state.
     ///
     /// # Errors
     /// [`PodError`]; there is no VM then. The host's side is left to the caller.
@@ -382,6 +426,7 @@ impl Pod {
         bundle: &Bundle,
         size: Size,
         volumes: bool,
+        hooks: Option<(&Hooks, hooks::State)>,
     ) -> Result<(Self, mpsc::Receiver<GuestEvent>), PodError> {
         let begin = Instant::now();
         let config = &host.config;
@@ -391,6 +436,11 @@ impl Pod {
             agent: host.agent.clone(),
             cgroups: host.cgroups.first().cloned().into_iter().collect(),
             network: bundle.network.clone(),
+            wired: match bundle.network {
+                Network::Join(_) => true,
+                Network::New => hooks.is_some(),
+                Network::Host => false,
+            },
             volumes,
         };
         let vm_config = vm::plan(&env.sandbox, size, config, programs, &host.dirs, place);
@@ -400,21 +450,43 @@ impl Pod {
         let rpc = listener(listeners.rpc, host.dirs.rpc_socket())?;
         let streams = listener(listeners.streams, host.dirs.stream_socket())?;
         let conduct = Arc::new(Conduct::default());
-        let vm = Vm::spawn(&programs.vmm, &vm_config, config.idmap, conduct.clone()).await?;
+        let spawned = Vm::spawn(&programs.vmm, &vm_config, config.idmap, conduct.clone());
+        let (vm, attached) = tokio::join!(spawned, host.attach(vm_config.room()));
+        let vm = vm?;
         record.phase("jail", begin);
         let jailed = Instant::now();
         host.write_state(Process::find(vm.pid()))?;
         adjust_oom_score(vm.pid(), bundle);
         let hub = Arc::new(Hub::new(conduct.clone()));
         let streams = tokio::spawn(hub.clone().serve(streams)).abort_handle();
-        let up = async {
+        // Somebody who has made the namespace may look for the pod's ports in it. Nothing of the start waits for it.
+        let doors = match &bundle.network {
+            Network::Join(_) => {
+                host.netns.get().cloned().map(|netns| tokio::spawn(async move { forward::open(&netns).await }))
+            }
+            Network::New | Network::Host => None,
+        };
+        let wired = async {
+            let mut attached = attached?;
+            if let Some((hooks, state)) = hooks {
+                hooks::created(hooks, &hooks::State { pid: vm.pid(), ..state }).await?;
+                if host.netns.get().is_none() && vm_config.awaits_nics {
+                    let own = PathBuf::from(format!("/proc/{}/ns/net", vm.pid()));
+                    let _ = host.netns.set(Netns::open(&own)?);
+                    attached = host.attach(vm_config.room()).await?;
+                }
+            }
+            vm.connect(&Nics { nics: attached.nics }).await?;
+            Ok::<_, PodError>(attached.guest)
+        };
+        let up = async |network| {
             let guest = Guest::accept(rpc, conduct.clone()).await?;
             record.phase("boot", jailed);
             let dialled = Instant::now();
             let hostname = bundle.spec.hostname().as_deref().unwrap_or_default();
             // Those of a container that is alone are its own affair.
             let sysctls = if bundle.role == Role::Sandbox { bundle.sysctls() } else { HashMap::new() };
-            let kernel = guest.configure(hostname, sysctls, volumes).await?;
+            let kernel = guest.configure(hostname, sysctls, volumes, network).await?;
             record.phase("configure", dialled);
             if bundle.network == Network::Host && !kernel.has(features::HOST_NETWORK) {
                 return Err(PodError::NoHostNetwork { kernel: programs.kernel.clone(), release: kernel.release });
@@ -429,13 +501,18 @@ impl Pod {
             });
             Ok::<_, PodError>(guest)
         };
+        let booted = async {
+            // A hook has a time limit of its own.
+            let network = wired.await?;
+            timeout(config.boot_timeout, up(network)).await.unwrap_or_else(|_| {
+                Err(PodError::Timeout { seconds: config.boot_timeout.as_secs(), words: vm.last_words() })
+            })
+        };
         let booted = tokio::select! {
             biased;
             // What the guest is condemned for also breaks the connection, and says more.
             why = conduct.condemned() => Err(PodError::Condemned(why)),
-            booted = timeout(config.boot_timeout, up) => booted.unwrap_or_else(|_| {
-                Err(PodError::Timeout { seconds: config.boot_timeout.as_secs(), words: vm.last_words() })
-            }),
+            booted = booted => booted,
             () = vm.gone() => Err(vm.why().await.into()),
         };
         match booted {
@@ -443,7 +520,13 @@ impl Pod {
                 tracing::info!("VMM {} of sandbox {}: guest up after {:?}", vm.pid(), env.sandbox, begin.elapsed());
                 let (sink, events) = mpsc::channel(EVENTS);
                 tokio::spawn(guest.clone().events(sink));
-                Ok((Self { vm, guest, host, hub, conduct, mirrors: Mirrors::default(), streams }, events))
+                let forwarding = doors.map(|doors| {
+                    let (guest, hub) = (guest.clone(), hub.clone());
+                    tokio::spawn(forward_ports(doors, guest, hub)).abort_handle()
+                });
+                let unwired = bundle.network == Network::New && !vm_config.awaits_nics;
+                let mirrors = Mirrors::default();
+                Ok((Self { vm, guest, host, hub, conduct, mirrors, unwired, streams, forwarding }, events))
             }
             Err(e) => {
                 streams.abort();
@@ -481,11 +564,26 @@ impl Pod {
         }
         self.hub.close();
         self.streams.abort();
+        self.forwarding.iter().for_each(tokio::task::AbortHandle::abort);
         let host = self.host.clone();
         let removed = tokio::task::spawn_blocking(move || host.remove()).await;
         if removed.is_err() {
             tracing::error!("remove pod: worker thread failed");
         }
+    }
+}
+
+/// A pod whose ports cannot be forwarded works all the same.
+async fn forward_ports(doors: JoinHandle<Result<Doors, NetworkError>>, guest: Guest, hub: Arc<Hub>) {
+    match doors.await {
+        Ok(Ok(doors)) => {
+            if let Err(e) = forward::serve(doors, guest, hub).await {
+                tracing::warn!("forward ports: {e}");
+            }
+        }
+        Ok(Err(e)) => tracing::warn!("no port of this pod can be forwarded: {}", crate::chain(&e)),
+        // A thread that panics has said so.
+        Err(_) => {}
     }
 }
 

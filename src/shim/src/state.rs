@@ -231,6 +231,9 @@ pub struct State {
     pub vmm: Option<Process>,
     /// Cgroups that the shim made, innermost first.
     pub cgroups: Vec<PathBuf>,
+    /// The network namespace that was joined, whose interfaces may be redirected.
+    #[serde(default)]
+    pub netns: Option<PathBuf>,
     /// The root of the data that was configured when the sandbox started.
     pub data_dir: PathBuf,
     /// The shim's socket.

@@ -252,7 +252,7 @@ impl Io {
             let Some(sink) = sink else { continue };
             let ticket = hub.expect().map_err(StdioError::Random)?;
             *name = stream_uri(ticket.id());
-            io.outputs.push(spawn(ticket, move |socket| pump_output(socket, sink)));
+            io.outputs.push(spawn(ticket, async move |socket| pump_output(socket, sink).await.map(drop)));
         }
         Ok(io)
     }

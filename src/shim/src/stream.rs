@@ -7,6 +7,8 @@
 //!  stdin            source ──► socket, as far as CREDIT goes
 //! ```
 //!
+//! A forwarded connection is two streams, one of each kind.
+//!
 //! Invariants: the socket is read always, whatever the sink does, because a host end that is not read freezes the VM; at
 //! most one window is held per stream, and a guest that sends more than it may is cut off; an id is random, expected
 //! before the guest hears of it, and good for one connection. What breaks the protocol is held against the guest:
@@ -22,6 +24,7 @@ use nacelle_protocol::stream::{
 };
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::tcp::OwnedReadHalf;
 use tokio::net::unix::pipe;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, Semaphore, oneshot, watch};
@@ -191,11 +194,12 @@ struct Window {
 
 /// Copies the guest's output to `sink` until the guest says that it has ended, or goes away.
 ///
-/// A sink that fails is replaced by nothing: the process must not notice.
+/// A sink that fails is replaced by nothing: the process must not notice. Returns whether the guest has said that the
+/// stream has ended.
 ///
 /// # Errors
 /// [`PumpError`]; what came before it has been delivered.
-pub async fn pump_output(socket: UnixStream, sink: impl AsyncWrite + Unpin) -> Result<(), PumpError> {
+pub async fn pump_output(socket: UnixStream, sink: impl AsyncWrite + Unpin) -> Result<bool, PumpError> {
     let (reader, writer) = socket.into_split();
     let window = Mutex::new(Window { buffer: VecDeque::new(), room: WINDOW, ended: false });
     let filled = Notify::new();
@@ -211,11 +215,15 @@ pub async fn pump_output(socket: UnixStream, sink: impl AsyncWrite + Unpin) -> R
     tokio::join!(receive, deliver(writer, sink, &window, &filled)).0
 }
 
-async fn receive(mut socket: impl AsyncRead + Unpin, window: &Mutex<Window>, filled: &Notify) -> Result<(), PumpError> {
+async fn receive(
+    mut socket: impl AsyncRead + Unpin,
+    window: &Mutex<Window>,
+    filled: &Notify,
+) -> Result<bool, PumpError> {
     loop {
-        let Some(header) = read_header(&mut socket).await? else { return Ok(()) };
+        let Some(header) = read_header(&mut socket).await? else { return Ok(false) };
         match header.kind {
-            FrameKind::Eof => return Ok(()),
+            FrameKind::Eof => return Ok(true),
             FrameKind::Credit => return Err(PumpError::Unexpected(FrameKind::Credit)),
             FrameKind::Data => {}
         }
@@ -311,6 +319,55 @@ pub async fn pump_input(
     };
     // Closed by the guest, so that nothing that is still under way gets lost in a reset.
     grants.await
+}
+
+/// Copies what a client sends to the guest, until the client has ended and the guest has taken it all.
+///
+/// # Errors
+/// [`PumpError`], also when the guest goes away before.
+pub async fn pump_source(socket: UnixStream, source: &OwnedReadHalf) -> Result<(), PumpError> {
+    let (reader, writer) = socket.into_split();
+    let (credit, wallet) = watch::channel(WINDOW);
+    let grants = grants(reader, &credit);
+    tokio::pin!(grants);
+    let _open = tokio::select! {
+        result = &mut grants => {
+            result?;
+            return Err(io::Error::from(io::ErrorKind::ConnectionReset).into());
+        }
+        result = send_source(writer, source, wallet, &credit) => result?,
+    };
+    grants.await
+}
+
+async fn send_source(
+    mut socket: tokio::net::unix::OwnedWriteHalf,
+    source: &OwnedReadHalf,
+    mut wallet: watch::Receiver<u32>,
+    credit: &watch::Sender<u32>,
+) -> Result<tokio::net::unix::OwnedWriteHalf, PumpError> {
+    loop {
+        let most = match wallet.wait_for(|have| *have > 0).await {
+            Ok(have) => (*have as usize).min(CHUNK),
+            // The sender is on the caller's stack.
+            Err(_) => return Ok(socket),
+        };
+        // An idle connection holds no buffer.
+        source.readable().await?;
+        let mut frame = vec![0; HEADER_LEN + most];
+        let n = match source.try_read(&mut frame[HEADER_LEN..]) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => continue,
+            other => other?,
+        };
+        if n == 0 {
+            socket.write_all(&Header::EOF.encode()).await?;
+            return Ok(socket);
+        }
+        frame.truncate(HEADER_LEN + n);
+        frame[..HEADER_LEN].copy_from_slice(&Header::data(n as u32).encode());
+        credit.send_modify(|have| *have -= n as u32);
+        socket.write_all(&frame).await?;
+    }
 }
 
 async fn grants(mut socket: impl AsyncRead + Unpin, credit: &watch::Sender<u32>) -> Result<(), PumpError> {

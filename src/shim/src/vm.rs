@@ -20,7 +20,7 @@ use nacelle_protocol::agent::{LAYERS_TAG, UPPER_SERIAL, VOLUMES_TAG};
 use nacelle_protocol::ids::SandboxId;
 use nacelle_protocol::stream::{RPC_PORT, STREAM_PORT};
 use nacelle_protocol::vm::{
-    CONFIG_FD, CONSOLE_FD, Disk, Jail, LIFELINE_FD, LOG_FD, MAX_JSON, Network, REPORT_FD, Report, Share, Socket,
+    CONFIG_FD, CONSOLE_FD, Disk, Jail, LIFELINE_FD, LOG_FD, MAX_JSON, Network, Nics, REPORT_FD, Report, Share, Socket,
     VmConfig,
 };
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -81,6 +81,9 @@ pub enum VmError {
     /// The VMM says something that is no report.
     #[error("start VM: read report")]
     Report(#[source] serde_json::Error),
+    /// What the VMM is to be told cannot be written down.
+    #[error("describe VM")]
+    Encode(#[source] serde_json::Error),
     /// The VMM takes too long.
     #[error("start VM: no report after {} s", START_DEADLINE.as_secs())]
     Timeout,
@@ -153,6 +156,8 @@ pub struct Place {
     pub cgroups: Vec<PathBuf>,
     /// Where its network is.
     pub network: Network,
+    /// Whether there may be interfaces in it, see [`Vm::connect`].
+    pub wired: bool,
     /// Whether it has volumes, or may get some later. Without, the VMM holds no capability at all.
     pub volumes: bool,
 }
@@ -182,6 +187,7 @@ pub fn plan(
             Socket { port: RPC_PORT, source: dirs.rpc_socket() },
             Socket { port: STREAM_PORT, source: dirs.stream_socket() },
         ],
+        awaits_nics: place.wired,
         jail: Jail {
             root: dirs.jail_root(),
             uid_base: place.uid_base,
@@ -201,6 +207,8 @@ pub struct Vm {
     pid: u32,
     pidfd: AsyncFd<OwnedFd>,
     _lifeline: OwnedFd,
+    /// Where the VMM awaits its network devices.
+    wires: Mutex<Option<pipe::Sender>>,
     log: Tail,
     console: Tail,
     failure: Arc<Mutex<Option<(String, String)>>>,
@@ -212,8 +220,8 @@ fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
 }
 
 impl Vm {
-    /// Starts the VMM and waits until it is in its jail. The guest boots meanwhile. What it says from then on is a claim,
-    /// and too much of it is held against it.
+    /// Starts the VMM and waits until it is in its jail. The guest boots meanwhile, or once [`Vm::connect`] is called. What
+    /// the VMM says from then on is a claim, and too much of it is held against it.
     ///
     /// # Errors
     /// [`VmError`]; no process is left.
@@ -255,12 +263,12 @@ impl Vm {
         let log = Tail::of(receiver(log, "read VMM's log")?, "vmm");
         let console = Tail::of(receiver(console, "read guest's console")?, "console");
         let mut reports = BufReader::new(receiver(report, "read VMM's reports")?);
-        let json = serde_json::to_vec(config).map_err(VmError::Report)?;
+        let json = line(config)?;
         let mut sender = pipe::Sender::from_owned_fd(config_write).map_err(io_error("write VMM's configuration"))?;
         let start = async {
             // A VMM that dies at once leaves its reason in the report.
             let _ = sender.write_all(&json).await;
-            drop(sender);
+            let wires = config.awaits_nics.then_some(sender);
             let mut degraded = Vec::new();
             let pid = loop {
                 match next_report(&mut reports).await? {
@@ -275,9 +283,9 @@ impl Vm {
             };
             // The VMM proper becomes the shim's child when its parent, this one, has exited.
             first.wait().await.map_err(io_error("wait for VMM's first process"))?;
-            Ok((pid, degraded))
+            Ok((pid, wires, degraded))
         };
-        let (pid, degraded) = timeout(START_DEADLINE, start).await.map_err(|_| VmError::Timeout)??;
+        let (pid, wires, degraded) = timeout(START_DEADLINE, start).await.map_err(|_| VmError::Timeout)??;
         let raw = Pid::from_raw(pid.cast_signed()).ok_or_else(|| VmError::Gone("pid 0".into()))?;
         // Nobody but this process reaps it, so the number is still its own.
         let pidfd = pidfd_open(raw, PidfdFlags::NONBLOCK).map_err(|e| io_error("open VMM's pidfd")(e.into()))?;
@@ -289,7 +297,20 @@ impl Vm {
         let failure = Arc::new(Mutex::new(None));
         let degraded = Arc::new(Mutex::new(degraded));
         tokio::spawn(listen(reports, failure.clone(), degraded.clone(), conduct));
-        Ok(Self { pid, pidfd, _lifeline: lifeline, log, console, failure, degraded })
+        let wires = Mutex::new(wires);
+        Ok(Self { pid, pidfd, _lifeline: lifeline, wires, log, console, failure, degraded })
+    }
+
+    /// Gives the VMM the network devices that it awaits, and with that lets the guest boot.
+    ///
+    /// # Errors
+    /// [`VmError`]. A VMM that is gone is none: its end is told otherwise.
+    pub async fn connect(&self, nics: &Nics) -> Result<(), VmError> {
+        let wires = self.wires.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(mut wires) = wires {
+            let _ = wires.write_all(&line(nics)?).await;
+        }
+        Ok(())
     }
 
     /// Process id of the VMM in the shim's namespace; it lives in the sandbox's network namespace.
@@ -332,6 +353,12 @@ impl Vm {
     pub fn last_words(&self) -> String {
         format!("log: {}; console: {}", self.log.last(512), self.console.last(1024))
     }
+}
+
+fn line(value: &impl serde::Serialize) -> Result<Vec<u8>, VmError> {
+    let mut json = serde_json::to_vec(value).map_err(VmError::Encode)?;
+    json.push(b'\n');
+    Ok(json)
 }
 
 async fn next_report(reports: &mut BufReader<pipe::Receiver>) -> Result<Option<Report>, VmError> {
@@ -495,7 +522,8 @@ mod tests {
     }
 
     fn nowhere() -> Place {
-        Place { uid_base: 65536, agent: "/a".into(), cgroups: Vec::new(), network: Network::New, volumes: true }
+        let (cgroups, network) = (Vec::new(), Network::New);
+        Place { uid_base: 65536, agent: "/a".into(), cgroups, network, wired: false, volumes: true }
     }
 
     fn dummy() -> VmConfig {

@@ -97,6 +97,7 @@ fn config(kernel: &str, image: &str, vcpus: u8, memory_mib: u32, args: &[String]
         shares: Vec::new(),
         disks: Vec::new(),
         sockets: Vec::new(),
+        awaits_nics: false,
         // Never entered.
         jail: Jail {
             root: "/".into(),

@@ -105,6 +105,7 @@ impl Bench {
             shares: vec![share("layers", true, false), share("volumes", false, true)],
             disks: vec![Disk { serial: "upper".into(), source: path("upper"), read_only: false }],
             sockets: vec![Socket { port: PORT, source: path("socket") }],
+            awaits_nics: false,
             jail: Jail {
                 root: path("jail"),
                 uid_base: BASE,
@@ -166,7 +167,7 @@ fn vmm(jailed: bool) -> Result<(), Box<dyn Error>> {
     let plan = Plan::new(&config)?;
     let lifeline: File = lifeline;
     let socket = if jailed {
-        if let Err(error) = jail::enter(&plan, lifeline, &console) {
+        if let Err(error) = jail::enter(&plan, &console).and_then(|()| jail::lock(&plan, lifeline)) {
             report::send(&report::failed(error.stage, &error));
             jail::exit(report::EXIT_FAILED);
         }

@@ -13,14 +13,14 @@
 //!   6 mount, IPC, UTS, cgroup namespaces     14 lifeline: dies with the shim
 //!   7 the new root: a read-only tmpfs with exactly the plan's entries
 //!   8 PID namespace, fork ───────────────────►
-//!     report process 1, exit
+//!     report process 1, exit                 the network devices are read between 11 and 12
 //! ```
 //!
 //! The namespaces belong to the host's user namespace, so the capabilities that step 10 may leave, all of them about
 //! files, act on nothing but files whose ids are mapped into the sandbox's range.
 //!
-//! Invariant: there is one thread until step 14. [`enter`] checks it, and starts none before, so that every thread has
-//! what the first one has.
+//! Invariant: there is one thread until step 14. [`enter`] checks it, and [`lock`] starts none before, so that every
+//! thread has what the first one has.
 #![expect(unsafe_code, reason = "fork, descriptors by number, mount_setattr and the environment have no safe form")]
 
 use std::fs::{self, File};
@@ -116,12 +116,12 @@ fn inherited(number: i32) -> Result<File, i32> {
     Ok(unsafe { File::from_raw_fd(number) })
 }
 
-/// Closes the jail around the calling process. It returns in another process, PID 1 of its namespace; the one that
-/// called reports that process and exits with status 0.
+/// Closes the jail around the calling process, steps 1 to 11. It returns in another process, PID 1 of its namespace; the
+/// one that called reports that process and exits with status 0. [`lock`] has to follow.
 ///
 /// # Errors
 /// [`JailError`] with the step that failed, from either process.
-pub fn enter(plan: &Plan, lifeline: File, console: &File) -> Result<(), JailError> {
+pub fn enter(plan: &Plan, console: &File) -> Result<(), JailError> {
     let jail = &plan.jail;
     one_thread()?;
 
@@ -195,14 +195,20 @@ pub fn enter(plan: &Plan, lifeline: File, console: &File) -> Result<(), JailErro
     drop(users);
 
     // 11. The process.
-    confine_process(&plan.sandbox)?;
+    confine_process(&plan.sandbox)
+}
 
+/// Steps 12 to 14: takes away what was still needed to get ready.
+///
+/// # Errors
+/// [`JailError`] with the step that failed.
+pub fn lock(plan: &Plan, lifeline: File) -> Result<(), JailError> {
     // 12. Landlock: what may be done to the files that are left.
     landlock::restrict(plan)?;
 
     // 13. seccomp, last of what confines: the steps above need calls that nothing below needs.
     report_refused_calls()?;
-    seccomp::install(jail.seccomp, plan.machine.host_network)?;
+    seccomp::install(plan.jail.seccomp, &plan.machine)?;
 
     // 14. The lifeline. Its thread inherits all of the above.
     if Step::Lifeline.taken() {

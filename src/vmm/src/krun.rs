@@ -9,6 +9,7 @@
 //!  virtio-blk         /dev/vda, read-only: the agent's image, which is the guest's root
 //!  virtio-blk …       the disks
 //!  vsock              the guest dials, libkrun connects to a UNIX socket; no TSI
+//!  virtio-net …       the taps
 //! ```
 //!
 //! Sources of what is said here about libkrun: crate `libkrun` 1.19.7, src/lib.rs, and `krun-vmm`, src/builder.rs. It
@@ -21,7 +22,7 @@ use std::io;
 use std::ptr;
 
 use krun as sys;
-use nacelle_protocol::vm::CONSOLE_FD;
+use nacelle_protocol::vm::{CONSOLE_FD, Nic};
 use rustix::fs::{Access, AtFlags, CWD, accessat};
 use thiserror::Error;
 
@@ -36,6 +37,10 @@ const ASKS_FOR_ATTRIBUTES: u32 = 1;
 const KERNEL_FORMAT_ELF: u32 = 1;
 /// `krun_add_vsock`: the guest's IPv4 and IPv6 sockets are made by the VMM.
 const TSI_HIJACK_INET: u32 = 1;
+/// `krun_add_net_tap`: bits of virtio-net that the guest is offered (`linux/virtio_net.h`): checksums left to the device,
+/// CSUM 0 and GUEST_CSUM 1, and TCP segments of up to 64 KiB in both directions, GUEST_TSO4 7, GUEST_TSO6 8, HOST_TSO4 11
+/// and HOST_TSO6 12. A frame between two pods of a node is then never cut, and its checksum never computed.
+const NET_FEATURES: u32 = 1 | 1 << 1 | 1 << 7 | 1 << 8 | 1 << 11 | 1 << 12;
 /// `krun_add_disk3`: a raw image.
 const DISK_FORMAT_RAW: u32 = 0;
 /// `krun_add_disk3`: the guest is offered no flush.
@@ -96,6 +101,7 @@ impl Vm {
         // The first disk is /dev/vda, where the kernel's command line looks for the root.
         add_disk(ctx, &machine.root)?;
         machine.disks.iter().try_for_each(|disk| add_disk(ctx, disk))?;
+        machine.nics.iter().try_for_each(|nic| add_nic(ctx, nic))?;
         add_sockets(ctx, &machine)?;
         let status = sys::krun_start_enter(ctx);
         // It does not return but with an error; a zero would be one, too.
@@ -111,7 +117,8 @@ fn reach(machine: &Machine) -> Result<(), KrunError> {
         std::iter::once(&machine.root).chain(&machine.disks).map(|disk| (disk.path.as_str(), change(disk.read_only)));
     let shares = machine.shares.iter().map(|share| (share.path.as_str(), Access::EXEC_OK));
     let sockets = machine.sockets.iter().map(|(_, path)| (path.as_str(), Access::WRITE_OK));
-    for (path, access) in kernel.into_iter().chain(disks).chain(shares).chain(sockets) {
+    let tun = (!machine.nics.is_empty()).then_some(("/dev/net/tun", change(false)));
+    for (path, access) in kernel.into_iter().chain(disks).chain(shares).chain(sockets).chain(tun) {
         accessat(CWD, path, access, AtFlags::empty()).map_err(|e| KrunError::Reach(path.to_owned(), e.into()))?;
     }
     Ok(())
@@ -156,6 +163,15 @@ fn add_disk(ctx: u32, disk: &Disk) -> Result<(), KrunError> {
         sys::krun_add_disk3(ctx, serial.as_ptr(), path.as_ptr(), DISK_FORMAT_RAW, disk.read_only, false, sync)
     })
     .map(drop)
+}
+
+/// The tap is opened by its name, in the VMM's network namespace, when the guest's driver comes up.
+fn add_nic(ctx: u32, nic: &Nic) -> Result<(), KrunError> {
+    let tap = CString::new(nic.tap.as_str())?;
+    // SAFETY: the string and the six bytes outlive the call, which copies them; the plan has checked the name's length,
+    // which libkrun does not.
+    done("krun_add_net_tap", unsafe { sys::krun_add_net_tap(ctx, tap.as_ptr(), nic.mac.as_ptr(), NET_FEATURES, 0) })
+        .map(drop)
 }
 
 /// libkrun's implicit vsock would carry the guest's network, and tell the kernel so; ours does only when it is asked to.

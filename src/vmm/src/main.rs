@@ -17,7 +17,7 @@ use std::convert::Infallible;
 use std::error::Error;
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::ExitCode;
@@ -25,12 +25,13 @@ use std::process::ExitCode;
 use nacelle_protocol::GENERATION;
 #[cfg(doc)]
 use nacelle_protocol::vm::Report;
-use nacelle_protocol::vm::{MAX_JSON, VmConfig};
+use nacelle_protocol::vm::{MAX_JSON, Nics, VmConfig};
 use nacelle_vmm::jail::{self, Descriptors, JailError, Volume};
 use nacelle_vmm::krun::Vm;
 use nacelle_vmm::plan::{Plan, PlanError};
 use nacelle_vmm::{kernel, log, report};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use thiserror::Error;
 
 const EXIT_USAGE: u8 = 2;
@@ -111,13 +112,21 @@ fn stage<E: Error + 'static>(stage: &'static str) -> impl FnOnce(E) -> Failure {
 }
 
 fn run(config: File, lifeline: File, console: &File) -> Result<Infallible, Failure> {
-    let config = read(config).map_err(stage("configuration"))?;
-    let plan = Plan::new(&config).map_err(stage("plan"))?;
+    let mut lines = BufReader::new(config);
+    let config = read(&mut lines).map_err(stage("configuration"))?;
+    let mut plan = Plan::new(&config).map_err(stage("plan"))?;
     // All that is asked of the host's files, as long as they have names.
     kernel::check(&config.kernel, config.memory_mib).map_err(stage("kernel"))?;
     OpenOptions::new().read(true).write(true).open("/dev/kvm").map_err(NoKvm).map_err(stage("kvm"))?;
 
-    jail::enter(&plan, lifeline, console).map_err(|error| stage(error.stage)(error))?;
+    jail::enter(&plan, console).map_err(|error| stage(error.stage)(error))?;
+    if plan.awaits_nics {
+        // The shim works on it, or it is gone, and this ends.
+        let nics: Nics = line(&mut lines).and_then(|text| parse(&text)).map_err(stage("network"))?;
+        plan.connect(nics).map_err(stage("network"))?;
+    }
+    drop(lines);
+    jail::lock(&plan, lifeline).map_err(|error| stage(error.stage)(error))?;
     Vm::new(plan.machine).start().map_err(stage("libkrun"))
 }
 
@@ -143,16 +152,23 @@ struct Head {
     generation: u32,
 }
 
-fn read(config: File) -> Result<VmConfig, ConfigError> {
-    let mut bytes = Vec::new();
-    config.take(MAX_JSON as u64 + 1).read_to_end(&mut bytes).map_err(ConfigError::Read)?;
-    if bytes.len() > MAX_JSON {
-        return Err(ConfigError::TooLong);
-    }
+fn read(lines: &mut BufReader<File>) -> Result<VmConfig, ConfigError> {
+    let text = line(lines)?;
     // Another generation has other fields: say that, and not which field is missing.
-    let Head { generation } = serde_json::from_slice(&bytes).map_err(ConfigError::Json)?;
+    let Head { generation } = parse(&text)?;
     if generation != GENERATION {
         return Err(ConfigError::Generation(PlanError::Generation(generation)));
     }
-    serde_json::from_slice(&bytes).map_err(ConfigError::Json)
+    parse(&text)
+}
+
+/// Reads one line, or what there is before the end.
+fn line(lines: &mut BufReader<File>) -> Result<Vec<u8>, ConfigError> {
+    let mut text = Vec::new();
+    lines.by_ref().take(MAX_JSON as u64 + 1).read_until(b'\n', &mut text).map_err(ConfigError::Read)?;
+    if text.len() > MAX_JSON { Err(ConfigError::TooLong) } else { Ok(text) }
+}
+
+fn parse<T: DeserializeOwned>(text: &[u8]) -> Result<T, ConfigError> {
+    serde_json::from_slice(text).map_err(ConfigError::Json)
 }

@@ -19,18 +19,8 @@ use std::path::{Path, PathBuf};
 
 use nacelle_protocol::GENERATION;
 use nacelle_protocol::agent::UPPER_SERIAL;
-use nacelle_protocol::vm::{Jail, Network, VmConfig};
+use nacelle_protocol::vm::{FIXED_DEVICES, Jail, MAX_DEVICES, Network, Nic, Nics, VmConfig};
 use thiserror::Error;
-
-/// virtio-mmio devices that libkrun can attach: one interrupt line each, 5 to 15 (`krun-arch`, x86_64/layout.rs).
-#[cfg(target_arch = "x86_64")]
-pub const MAX_DEVICES: usize = 11;
-/// virtio-mmio devices that libkrun can attach, kept equal to x86_64's so that a configuration fits both.
-#[cfg(not(target_arch = "x86_64"))]
-pub const MAX_DEVICES: usize = 11;
-
-/// Devices that every machine has: balloon and rng (libkrun adds them always), console, the root's disk, vsock.
-pub const FIXED_DEVICES: usize = 5;
 
 /// Serial number of the root's disk. No other disk has it.
 const ROOT_SERIAL: &str = "agent";
@@ -68,18 +58,20 @@ pub enum PlanError {
     #[error("plan machine: {0}")]
     Machine(String),
     /// More devices than libkrun has interrupt lines.
-    #[error("plan devices: {shares} shares and {disks} disks need {} devices, and there are {MAX_DEVICES}",
-            shares + disks + FIXED_DEVICES)]
+    #[error("plan devices: {shares} shares, {disks} disks and {nics} network devices need {} devices, and there are {MAX_DEVICES}",
+            shares + disks + nics + FIXED_DEVICES)]
     Devices {
         /// Shares asked for.
         shares: usize,
         /// Disks asked for.
         disks: usize,
+        /// Network devices asked for.
+        nics: usize,
     },
-    /// A tag or serial number has the wrong length or characters.
+    /// A tag, a serial number or a tap's name has the wrong length or characters.
     #[error("plan {kind} {name:?}: a name is 1 to {max} of a-z, 0-9 and -")]
     Name {
-        /// `share` or `disk`.
+        /// `share`, `disk` or `tap`.
         kind: &'static str,
         /// The name.
         name: String,
@@ -89,7 +81,7 @@ pub enum PlanError {
     /// Two devices or sockets of the same name.
     #[error("plan {kind} {name}: it is there twice")]
     Twice {
-        /// `share`, `disk` or `socket`.
+        /// `share`, `disk`, `socket` or `tap`.
         kind: &'static str,
         /// The name or the port.
         name: String,
@@ -198,6 +190,8 @@ pub struct Machine {
     pub disks: Vec<Disk>,
     /// Ports that the guest may dial, and the sockets behind them.
     pub sockets: Vec<(u32, String)>,
+    /// virtio-net devices.
+    pub nics: Vec<Nic>,
     /// The VMM makes the sockets that the guest asks for.
     pub host_network: bool,
 }
@@ -215,6 +209,8 @@ pub struct Plan {
     pub machine: Machine,
     /// The guest may own files of the host's: a share with mapped ids is there.
     pub owns_files: bool,
+    /// Network devices are to come, see [`Plan::connect`].
+    pub awaits_nics: bool,
 }
 
 impl Plan {
@@ -237,10 +233,12 @@ impl Plan {
         }
         let (shares, disks) = (config.shares.len(), config.disks.len());
         if shares + disks + FIXED_DEVICES > MAX_DEVICES {
-            return Err(PlanError::Devices { shares, disks });
+            return Err(PlanError::Devices { shares, disks, nics: 0 });
         }
         check_jail(&config.jail)?;
 
+        // Those that are to come need room, too.
+        let devices = if config.awaits_nics { MAX_DEVICES } else { FIXED_DEVICES + shares + disks };
         let mut entries = vec![
             entry("kernel", &config.kernel, "kernel".into(), Kind::File, true, Ids::Host)?,
             entry("agent", &config.agent, "root".into(), Kind::File, true, Ids::Host)?,
@@ -250,10 +248,11 @@ impl Plan {
             memory_mib: config.memory_mib,
             kernel: "/kernel".into(),
             root: Disk { serial: ROOT_SERIAL.into(), path: "/root".into(), read_only: true, ephemeral: false },
-            command_line: command_line(&config.kernel_args, FIXED_DEVICES + shares + disks)?,
+            command_line: command_line(&config.kernel_args, devices)?,
             shares: Vec::with_capacity(shares),
             disks: Vec::with_capacity(disks),
             sockets: Vec::with_capacity(config.sockets.len()),
+            nics: Vec::new(),
             host_network: config.jail.network == Network::Host,
         };
         let mut names = BTreeSet::from([("disk", ROOT_SERIAL.to_owned())]);
@@ -295,7 +294,28 @@ impl Plan {
             entries,
             machine,
             owns_files: config.shares.iter().any(|share| share.idmap),
+            awaits_nics: config.awaits_nics,
         })
+    }
+
+    /// Adds the network devices.
+    ///
+    /// # Errors
+    /// [`PlanError`] names the first thing that is wrong.
+    pub fn connect(&mut self, nics: Nics) -> Result<(), PlanError> {
+        let machine = &mut self.machine;
+        let (shares, disks, nics) = (machine.shares.len(), machine.disks.len(), nics.nics);
+        if FIXED_DEVICES + shares + disks + nics.len() > MAX_DEVICES {
+            return Err(PlanError::Devices { shares, disks, nics: nics.len() });
+        }
+        let mut names = BTreeSet::new();
+        for nic in &nics {
+            // IFNAMSIZ with the zero behind; libkrun copies without looking.
+            check_name("tap", &nic.tap, 15)?;
+            once(&mut names, "tap", &nic.tap)?;
+        }
+        machine.nics = nics;
+        Ok(())
     }
 }
 
@@ -378,6 +398,7 @@ mod tests {
             shares: vec![share("layers")],
             disks: vec![disk("upper")],
             sockets: vec![vm::Socket { port: 1024, source: "/s".into() }],
+            awaits_nics: false,
             jail: Jail {
                 root: "/run/j".into(),
                 uid_base: 100_000,
@@ -418,7 +439,31 @@ mod tests {
         c.disks = vec![disk("a"), disk("b"), disk("c")];
         assert!(Plan::new(&c).is_ok());
         c.disks.push(disk("d"));
-        assert_eq!(Plan::new(&c), Err(PlanError::Devices { shares: 3, disks: 4 }));
+        assert_eq!(Plan::new(&c), Err(PlanError::Devices { shares: 3, disks: 4, nics: 0 }));
+    }
+
+    #[test]
+    fn network_devices_come_later_and_count() {
+        let nic = |tap: &str| Nic { tap: tap.into(), mac: [2, 0, 0, 0, 0, 1] };
+        let mut c = config();
+        c.awaits_nics = true;
+        c.shares = vec![share("a"), share("b")];
+        let plan = Plan::new(&c).expect("plan");
+        let connect = |taps: &[&str]| {
+            let mut plan = plan.clone();
+            plan.connect(Nics { nics: taps.iter().map(|tap| nic(tap)).collect() }).map(|()| plan.machine.nics.len())
+        };
+        assert_eq!(connect(&[]), Ok(0));
+        assert_eq!(connect(&["a", "b", "c"]), Ok(3));
+        let error = connect(&["a", "b", "c", "d"]).expect_err("too many");
+        assert_eq!(
+            error.to_string(),
+            "plan devices: 2 shares, 1 disks and 4 network devices need 12 devices, and there are 11"
+        );
+        for bad in ["", "sixteen-letters-", "A", "a/b"] {
+            assert!(matches!(connect(&[bad]), Err(PlanError::Name { kind: "tap", .. })), "{bad}");
+        }
+        assert!(matches!(connect(&["a", "a"]), Err(PlanError::Twice { kind: "tap", .. })));
     }
 
     #[test]

@@ -53,6 +53,7 @@ fn config(dir: &Path) -> VmConfig {
         shares: Vec::new(),
         disks: Vec::new(),
         sockets: Vec::new(),
+        awaits_nics: false,
         jail: Jail {
             root: dir.join("jail"),
             uid_base: 700_000,

@@ -7,7 +7,8 @@
 //! ```text
 //!  /kernel              read                      /share/<tag>     read, list; if writable: all but devices on disk
 //!  /dev/kvm             read, write, ioctl        /disk/<serial>   read; if writable: write, cut
-//!  /dev/{,u}random      read                      /socket/<port>   connect
+//!  /dev/net/tun         the same, if it has NICs  /socket/<port>   connect
+//!  /dev/{,u}random      read
 //!  everything else, /proc and / among it          no open but with O_PATH
 //! ```
 #![deny(unsafe_code)]
@@ -64,11 +65,15 @@ pub fn restrict(plan: &Plan) -> Result<(), JailError> {
 /// What may be done to what, see the table above.
 fn rules(plan: &Plan) -> Vec<(PathBuf, BitFlags<AccessFs>)> {
     let device = |name: &str, access| (Path::new("/dev").join(name), access);
+    let controlled = make_bitflags!(AccessFs::{ReadFile | WriteFile | IoctlDev});
     let mut rules = vec![
-        device("kvm", make_bitflags!(AccessFs::{ReadFile | WriteFile | IoctlDev})),
+        device("kvm", controlled),
         device("random", AccessFs::ReadFile.into()),
         device("urandom", AccessFs::ReadFile.into()),
     ];
+    if !plan.machine.nics.is_empty() {
+        rules.push(device("net/tun", controlled));
+    }
     rules.extend(plan.entries.iter().map(|entry| {
         let allowed = if entry.read_only { READ } else { READ | CHANGE };
         let access = match entry.kind {

@@ -25,6 +25,9 @@ const STAGE: &str = "root";
 const DEVICES: [(&str, u32, u32, Mode); 3] =
     [("kvm", 10, 232, Mode::RUSR.union(Mode::WUSR)), ("random", 1, 8, Mode::RUSR), ("urandom", 1, 9, Mode::RUSR)];
 
+/// The way to the taps, where there may be some. Without capabilities it leads to those of the sandbox's own id only.
+const TUN: (&str, u32, u32, Mode) = ("net/tun", 10, 200, Mode::RUSR.union(Mode::WUSR));
+
 /// Puts the root together at `plan.jail.root`. `users` is the sandbox's user namespace.
 pub fn assemble(plan: &Plan, users: BorrowedFd<'_>) -> Result<(), JailError> {
     let root = &plan.jail.root;
@@ -37,7 +40,10 @@ pub fn assemble(plan: &Plan, users: BorrowedFd<'_>) -> Result<(), JailError> {
     directory(&dev)?;
     tmpfs(&dev, quiet, 8)?;
     let owner = (Some(Uid::from_raw(plan.jail.uid_base)), Some(Gid::from_raw(plan.jail.uid_base)));
-    for (name, major, minor, mode) in DEVICES {
+    if plan.awaits_nics {
+        directory(&dev.join("net"))?;
+    }
+    for (name, major, minor, mode) in DEVICES.into_iter().chain(plan.awaits_nics.then_some(TUN)) {
         let node = dev.join(name);
         mknodat(CWD, &node, FileType::CharacterDevice, mode, makedev(major, minor))
             .map_err(at(STAGE, format!("make device node {}", node.display())))?;

@@ -24,9 +24,10 @@ use seccompiler::{
 };
 
 use super::{JailError, at};
+use crate::plan::Machine;
 use crate::report;
 
-mod kvm;
+mod ioctl;
 
 const STAGE: &str = "seccomp";
 
@@ -47,6 +48,8 @@ enum When {
     Never,
     /// The first; the second where the VMM makes the sockets that its guest asks for, in the host's network.
     Lent(&'static When, &'static When),
+    /// The first; the second where the machine has network devices.
+    Wired(&'static When, &'static When),
     /// Never, but the answer is ENOSYS, as from a kernel that does not know the call, and no trap.
     Unknown,
 }
@@ -65,7 +68,7 @@ macro_rules! calls {
     };
 }
 
-use When::{Always, Among, Lent, Never, Not, Own, Unknown, Without, Zero};
+use When::{Always, Among, Lent, Never, Not, Own, Unknown, Wired, Without, Zero};
 
 /// What pthread_create(3) asks of clone(2): a thread, in the namespaces of its process.
 const THREAD: u64 = (libc::CLONE_VM
@@ -134,7 +137,7 @@ const CALLS: &[Call] = calls![
     getsockname SYS_getsockname: LENT, "the port of a server of the guest's in the host's network";
     gettid SYS_gettid: Always, "threads";
     getuid SYS_getuid: Always, "virtiofs: who is to own a new file";
-    ioctl SYS_ioctl: Among(1, kvm::REQUESTS), "KVM, and whether the console is a terminal";
+    ioctl SYS_ioctl: Wired(&Among(1, ioctl::REQUESTS), &Among(1, ioctl::WIRED)), "KVM, whether the console is a terminal; attaching to the taps";
     lgetxattr SYS_lgetxattr: Always, "virtiofs: FUSE_GETXATTR of what cannot be opened";
     linkat SYS_linkat: Always, "virtiofs: FUSE_LINK";
     listen SYS_listen: LENT, "a server of the guest's in the host's network";
@@ -199,7 +202,7 @@ const FCNTL: &[u64] = &[
 ];
 
 /// Puts the filter on the calling thread and on those that it will start.
-pub fn install(mode: Seccomp, host_network: bool) -> Result<(), JailError> {
+pub fn install(mode: Seccomp, machine: &Machine) -> Result<(), JailError> {
     let otherwise = match mode {
         Seccomp::Enforce => SeccompAction::Trap,
         Seccomp::Log => {
@@ -211,8 +214,8 @@ pub fn install(mode: Seccomp, host_network: bool) -> Result<(), JailError> {
             return Ok(());
         }
     };
-    for program in
-        programs(otherwise, host_network).map_err(|e| at(STAGE, "compile the filter")(io::Error::other(e)))?
+    for program in programs(otherwise, machine.host_network, !machine.nics.is_empty())
+        .map_err(|e| at(STAGE, "compile the filter")(io::Error::other(e)))?
     {
         seccompiler::apply_filter(&program).map_err(|e| at(STAGE, "install the filter")(io::Error::other(e)))?;
     }
@@ -221,19 +224,15 @@ pub fn install(mode: Seccomp, host_network: bool) -> Result<(), JailError> {
 
 /// Two programs, because one knows only two answers; the kernel runs both and takes the sterner. The first refuses politely
 /// and lets the rest pass, the second is the list.
-fn programs(otherwise: SeccompAction, host_network: bool) -> Result<[BpfProgram; 2], BackendError> {
+fn programs(otherwise: SeccompAction, lent: bool, wired: bool) -> Result<[BpfProgram; 2], BackendError> {
     let errno = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
     let polite = CALLS.iter().filter(|call| matches!(call.when, Unknown)).map(|call| (call.number, Vec::new()));
     let mut list = BTreeMap::new();
     for call in CALLS {
         let when = match call.when {
-            Lent(usual, lent) => {
-                if host_network {
-                    lent
-                } else {
-                    usual
-                }
-            }
+            Lent(_, when) if lent => when,
+            Wired(_, when) if wired => when,
+            Lent(when, _) | Wired(when, _) => when,
             ref when => when,
         };
         if !matches!(when, Never) {
@@ -256,8 +255,8 @@ fn rules(when: &When) -> Result<Vec<SeccompRule>, BackendError> {
         SeccompRule::new(vec![SeccompCondition::new(argument, length, compare, value)?])
     };
     Ok(match *when {
-        // The last two are never asked for.
-        Always | Unknown | Never | Lent(..) => Vec::new(),
+        // Those after the first are never asked for.
+        Always | Unknown | Never | Lent(..) | Wired(..) => Vec::new(),
         Among(argument, values) => {
             values.iter().map(|&value| rule(argument, Dword, SeccompCmpOp::Eq, value)).collect::<Result<_, _>>()?
         }
@@ -293,7 +292,7 @@ mod tests {
 
     #[test]
     fn it_compiles_and_is_short() {
-        let [polite, list] = programs(SeccompAction::Trap, true).expect("compile");
+        let [polite, list] = programs(SeccompAction::Trap, true, true).expect("compile");
         assert!(polite.len() < 16, "{}", polite.len());
         assert!(list.len() < 1024, "{}", list.len());
     }

@@ -10,7 +10,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use nacelle_protocol::vm::{Landlock, Network, Report, Seccomp};
+use nacelle_protocol::vm::{Landlock, Network, Nic, Nics, Report, Seccomp};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::process::{Signal, getpid, kill_process, set_child_subreaper};
 
@@ -52,6 +52,8 @@ fn main() {
         no_capability_without_volumes,
         namespaces_are_its_own,
         network_namespace_is_joined,
+        own_taps_are_attached,
+        no_tap_without_nics,
         cgroup_is_joined,
         limits_hold,
         root_holds_the_plan_and_nothing_else,
@@ -138,20 +140,87 @@ fn namespaces_are_its_own() {
 /// Step 5.
 fn network_namespace_is_joined() {
     let mut setup = Setup::new();
-    let mut holder = Command::new("unshare");
-    let mut holder = holder.args(["--net", "cat"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("spawn");
-    // It echoes a line once it is in its namespace.
-    {
-        use std::io::{Read, Write};
-        holder.stdin.as_mut().expect("pipe").write_all(b"x").expect("write");
-        holder.stdout.as_mut().expect("pipe").read_exact(&mut [0]).expect("read");
-    }
-    let netns = format!("/proc/{}/ns/net", holder.id());
-    setup.config.jail.network = Network::Join((&netns).into());
+    let holder = Holder::new(&[]);
+    setup.config.jail.network = Network::Join((&holder.netns).into());
     let sandbox = setup.start();
-    assert_eq!(fs::read_link(sandbox.proc("ns/net")).expect("link"), fs::read_link(netns).expect("link"));
-    holder.kill().expect("kill");
-    holder.wait().expect("wait");
+    assert_eq!(fs::read_link(sandbox.proc("ns/net")).expect("link"), fs::read_link(&holder.netns).expect("link"));
+}
+
+/// Steps 5, 7, 10, 12 and 13 for a machine with network devices: it finds its taps, and those of nobody else.
+fn own_taps_are_attached() {
+    let holder = Holder::new(&[("own0", BASE), ("other0", BASE + 65_536)]);
+    let mut sandbox = holder.wired(Setup::new()).start();
+    assert_eq!(sandbox.ask(&["tap", "own0"]), "own0");
+    assert_eq!(sandbox.tell(&["tap", "other0"]), Err(EPERM));
+    assert_eq!(sandbox.tell(&["tap", "new0"]), Err(EPERM), "none is made");
+    assert_eq!(sandbox.attempt(&["ioctl"]), sandbox::Outcome::Refused(libc::SYS_ioctl));
+
+    let mut sandbox = holder.wired(Setup::inner()).start();
+    assert_eq!(sandbox.ask(&["list", "/dev"]), "kvm net random urandom");
+    assert_eq!(sandbox.ask(&["stat", "/dev/net/tun"]), "0 0 600");
+}
+
+/// Steps 12 and 13: what was got ready for devices that did not come is of no use.
+fn no_tap_without_nics() {
+    let holder = Holder::new(&[("own0", BASE)]);
+    let unwired = |mut setup: Setup| {
+        setup = holder.wired(setup);
+        setup.nics = Nics::default();
+        setup
+    };
+    assert_eq!(unwired(Setup::new()).start().tell(&["tap", "own0"]), Err(EACCES));
+    let mut setup = unwired(Setup::new());
+    setup.leave_out(&[attacks::Off::Landlock]);
+    assert_eq!(setup.start().attempt(&["tap", "own0"]), sandbox::Outcome::Refused(libc::SYS_ioctl));
+    assert_eq!(unwired(Setup::inner()).start().ask(&["tap", "own0"]), "own0");
+}
+
+/// A network namespace with taps in it, each with its owner.
+struct Holder {
+    process: std::process::Child,
+    netns: String,
+}
+
+impl Holder {
+    fn new(taps: &[(&str, u32)]) -> Self {
+        use std::io::{Read, Write};
+        let mut unshare = Command::new("unshare");
+        unshare.args(["--net", "cat"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut process = unshare.spawn().expect("spawn");
+        // It echoes a byte once it is in its namespace.
+        process.stdin.as_mut().expect("pipe").write_all(b"x").expect("write");
+        process.stdout.as_mut().expect("pipe").read_exact(&mut [0]).expect("read");
+        let netns = format!("/proc/{}/ns/net", process.id());
+        let inside = fs::File::open(&netns).expect("open");
+        let taps: Vec<_> = taps.iter().map(|(name, owner)| ((*name).to_owned(), *owner)).collect();
+        // A thread of its own, which ends in the other namespace; the tests themselves fork without any.
+        let made = std::thread::spawn(move || {
+            nix::sched::setns(inside, nix::sched::CloneFlags::CLONE_NEWNET).expect("enter");
+            for (name, owner) in taps {
+                let name = tappers::Interface::new(name).expect("name");
+                let tap = tappers::linux::Tap::create_named(name).expect("make tap");
+                tap.set_owner(owner).expect("owner");
+                tap.set_persistent(true).expect("persist");
+            }
+        });
+        made.join().expect("taps");
+        Self { process, netns }
+    }
+
+    /// Lets the machine have `own0` in this namespace.
+    fn wired(&self, mut setup: Setup) -> Setup {
+        setup.config.jail.network = Network::Join((&self.netns).into());
+        setup.config.awaits_nics = true;
+        setup.nics.nics = vec![Nic { tap: "own0".into(), mac: [2, 0, 0, 0, 0, 1] }];
+        setup
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
 }
 
 /// Step 3.

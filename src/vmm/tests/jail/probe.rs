@@ -14,7 +14,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::process::Command;
 
-use nacelle_protocol::vm::VmConfig;
+use nacelle_protocol::vm::{Nics, VmConfig};
 use nacelle_vmm::jail::{self, Descriptors, Step};
 use nacelle_vmm::plan::Plan;
 use nacelle_vmm::{log, report};
@@ -56,9 +56,19 @@ pub fn run(without: &str) -> ! {
     let Descriptors { config, report, lifeline, console } = Descriptors::inherited().expect("descriptors");
     log::init();
     report::init(report, jail::exit);
-    let config: VmConfig = serde_json::from_reader(config).expect("configuration");
-    let plan = Plan::new(&config).expect("plan");
-    if let Err(error) = jail::enter(&plan, lifeline, &console) {
+    let mut lines = BufReader::new(config).lines().map(|line| line.expect("line"));
+    let config: VmConfig = serde_json::from_str(&lines.next().expect("line")).expect("configuration");
+    let mut plan = Plan::new(&config).expect("plan");
+    let entered = jail::enter(&plan, &console).and_then(|()| {
+        if plan.awaits_nics {
+            let nics: Nics = serde_json::from_str(&lines.next().expect("line")).expect("network devices");
+            plan.connect(nics).expect("plan");
+        }
+        // Its descriptor is closed before the jail is locked.
+        drop(lines);
+        jail::lock(&plan, lifeline)
+    });
+    if let Err(error) = entered {
         report::send(&report::failed(error.stage, &error));
         jail::exit(report::EXIT_FAILED);
     }
@@ -171,6 +181,9 @@ fn others(words: &[&str]) -> io::Result<String> {
         }
         ["tcp", port] => TcpStream::connect(("127.0.0.1", u16::try_from(number(port)?).map_err(io::Error::other)?))
             .map(|_| String::new())?,
+        ["tap", name] => {
+            tun_tap::Iface::without_packet_info(name, tun_tap::Mode::Tap).map(|tap| tap.name().to_owned())?
+        }
         ["raw-socket"] => {
             let icmp = Some(rustix::net::ipproto::ICMP);
             rustix::net::socket(AddressFamily::INET, SocketType::RAW, icmp).map(|_| String::new())?

@@ -13,7 +13,7 @@ use std::time::Duration;
 use command_fds::{CommandFdExt, FdMapping};
 use nacelle_protocol::GENERATION;
 use nacelle_protocol::ids::SandboxId;
-use nacelle_protocol::vm::{Disk, Jail, Landlock, Network, Report, Seccomp, Share, Socket, VmConfig};
+use nacelle_protocol::vm::{Disk, Jail, Landlock, Network, Nics, Report, Seccomp, Share, Socket, VmConfig};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount};
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, kill_process, waitpid};
 use tempfile::TempDir;
@@ -27,6 +27,7 @@ pub const BASE: u32 = 700_000;
 pub struct Setup {
     pub dir: TempDir,
     pub config: VmConfig,
+    pub nics: Nics,
     listener: UnixListener,
     without: Vec<String>,
     victim: Option<Child>,
@@ -61,6 +62,7 @@ impl Setup {
             shares: vec![share("volumes", false, true), share("layers", true, false)],
             disks: vec![Disk { serial: "upper".into(), source: path("disk"), read_only: false }],
             sockets: vec![Socket { port: PORT, source: path("control") }],
+            awaits_nics: false,
             jail: Jail {
                 root: path("jail"),
                 uid_base: BASE,
@@ -72,7 +74,7 @@ impl Setup {
                 seccomp: Seccomp::default(),
             },
         };
-        Self { dir, config, listener, without: Vec::new(), victim: None, hosts: Vec::new() }
+        Self { dir, config, nics: Nics::default(), listener, without: Vec::new(), victim: None, hosts: Vec::new() }
     }
 
     /// The jail without its two outermost steps, for tests of what lies below.
@@ -179,9 +181,12 @@ impl Setup {
         let child = command.spawn().expect("spawn");
         // The parent's copies of the child's ends are in the command.
         drop(command);
-        let json = serde_json::to_vec(&self.config).expect("serialize");
+        let mut json = serde_json::to_string(&self.config).expect("serialize");
+        if self.config.awaits_nics {
+            json += &format!("\n{}", serde_json::to_string(&self.nics).expect("serialize"));
+        }
         // It fits into the pipe.
-        config_in.write_all(&json).expect("write");
+        config_in.write_all(json.as_bytes()).expect("write");
         Started { setup: self, child, reports: BufReader::new(reports), lifeline: Some(hold), console: console_out }
     }
 }

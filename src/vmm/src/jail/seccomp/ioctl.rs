@@ -1,5 +1,6 @@
-//! The requests to KVM that libkrun makes (`krun-vmm` 1.19.7, src/linux/vstate.rs and src/device_manager/kvm,
-//! `krun-arch` src/x86_64, `krun-devices` src/legacy). Numbers and sizes are those of `linux/kvm.h`.
+//! The requests that libkrun makes: to KVM (`krun-vmm` 1.19.7, src/linux/vstate.rs and src/device_manager/kvm,
+//! `krun-arch` src/x86_64, `krun-devices` src/legacy) and to taps (`krun-devices` src/virtio/net/tap.rs). Numbers and
+//! sizes are those of `linux/kvm.h` and `linux/if_tun.h`.
 //!
 //! The order is that of the filter's comparisons, and KVM_RUN is what a guest makes most of.
 
@@ -14,7 +15,13 @@ const fn request(direction: u64, number: u64, size: u64) -> u64 {
 }
 
 /// Requests of ioctl(2) that are allowed.
-pub const REQUESTS: &[u64] = &[
+pub const REQUESTS: &[u64] = WIRED.split_at(WIRED.len() - TAP).0;
+
+/// How many of [`WIRED`] are about taps; they stand at the end.
+const TAP: usize = 3;
+
+/// Requests that are allowed to a machine with network devices.
+pub const WIRED: &[u64] = &[
     request(NONE, 0x80, 0),   // KVM_RUN
     request(NONE, 0x00, 0),   // KVM_GET_API_VERSION
     request(NONE, 0x01, 0),   // KVM_CREATE_VM
@@ -73,4 +80,19 @@ pub const REQUESTS: &[u64] = &[
     #[cfg(target_arch = "aarch64")]
     request(WRITE, 0xe3, 24), // KVM_HAS_DEVICE_ATTR
     0x5401,                   // TCGETS: whether the console is a terminal
+    0x4004_54ca,              // TUNSETIFF
+    0x4004_54d8,              // TUNSETVNETHDRSZ
+    0x4004_54d0,              // TUNSETOFFLOAD
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn taps_stand_at_the_end() {
+        let tap = |request: &u64| request >> 8 & 0xff == u64::from(b'T') && *request != 0x5401;
+        assert_eq!(WIRED.iter().filter(|r| tap(r)).count(), TAP);
+        assert!(!REQUESTS.iter().any(|r| tap(r)));
+    }
+}
