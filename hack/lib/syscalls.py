@@ -1,7 +1,7 @@
 #!/usr/bin/python3
-"""Compares a histogram of system calls with the VMM's filter: syscalls.py HISTOGRAM TABLE.RS
+"""Compares histograms of system calls with the VMM's filter: syscalls.py TABLE.RS HISTOGRAM...
 
-HISTOGRAM is tracefs' hist file with the keys common_pid.execname and id.syscall; TABLE.RS holds the filter's table.
+TABLE.RS holds the filter's table; a HISTOGRAM is tracefs' hist file with the keys common_pid.execname and id.syscall.
 """
 
 import collections
@@ -16,15 +16,15 @@ THREADS = ("VM:", "fc_vcpu", "fs worker", "block worker", "virtio-net", "vsock",
 ALIASES = {"newfstat": "fstat", "newfstatat": "newfstatat", "sendfile64": "sendfile", "newlstat": "lstat", "newstat": "stat"}
 
 
-def main(histogram, table):
+def main(table, *histograms):
     counts, threads = collections.Counter(), collections.defaultdict(set)
-    with open(histogram, errors="replace") as lines:
-        for line in lines:
-            found = LINE.search(line)
-            if found and found[1].startswith(THREADS):
-                name = ALIASES.get(found[2], found[2])
-                counts[name] += int(found[4])
-                threads[name].add(re.sub(r"(?<=VM:).*|\s*\d+$", "", found[1]))
+    for histogram in histograms:
+        with open(histogram, errors="replace") as lines:
+            for found in filter(None, map(LINE.search, lines)):
+                if found[1].startswith(THREADS):
+                    name = ALIASES.get(found[2], found[2])
+                    counts[name] += int(found[4])
+                    threads[name].add(re.sub(r"(?<=VM:).*|\s*\d+$", "", found[1]))
     with open(table) as lines:
         entries = {found[1]: found[2] for found in map(ENTRY.match, lines) if found}
     print(f"{len(entries)} calls in the table, {sum(name in counts for name in entries)} of them made")
