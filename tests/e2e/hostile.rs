@@ -6,7 +6,7 @@ use std::{fs, path::PathBuf, time::Duration};
 
 use hostile_guest::{BEHAVIOURS, Behaviour, Fate};
 use nacelle_tests::{
-    command::{patience, seconds},
+    command::patience,
     node::{BUSYBOX, Container, Node},
 };
 
@@ -57,11 +57,11 @@ fn guests(node: &Node) {
         let Behaviour { name, fate } = *behaviour;
         eprintln!("    {name}");
         let log = node.log_length();
-        let lines = format!(
-            "vm.agent = {:?}\nvm.kernel_args = [\"hostile={name}\"]\nvm.boot_timeout_seconds = {}",
-            program(),
-            seconds(10).as_secs(),
-        );
+        let mut lines = format!("vm.agent = {:?}\nvm.kernel_args = [\"hostile={name}\"]", program());
+        if fate == Fate::Unborn("nothing heard from the guest") {
+            // Whether it has booted by then or not.
+            lines += "\nvm.boot_timeout_seconds = 10";
+        }
         let configured = node.configure(&lines);
         let c = node.created(&[], BUSYBOX, &["sleep", "1000000"]);
         match fate {

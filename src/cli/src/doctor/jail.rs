@@ -14,7 +14,7 @@ const IDS: Range<u64> = 1_879_048_192..4_294_901_760;
 /// Controllers that the shim sets limits of.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 /// Where volumes come from, and what pods are made of; those that exist are tried.
-const PLACES: [&str; 4] = ["/var/lib/nacelle", "/var/lib/kubelet", "/run", "/mnt"];
+const PLACES: [&str; 5] = ["/var/lib", "/var/lib/nacelle", "/var/lib/kubelet", "/run", "/mnt"];
 
 /// The hierarchy, and whether it has what limits a VMM. `controllers` is what its root lists.
 pub fn cgroups(controllers: io::Result<String>) -> Check {
