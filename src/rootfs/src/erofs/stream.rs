@@ -10,7 +10,7 @@
 //! so nobody can take it for one.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, BufRead, Seek, SeekFrom};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
@@ -46,7 +46,7 @@ impl<'f> Stream<'f> {
         &mut self,
         size: u64,
         extents: Option<Vec<Range<u64>>>,
-        source: &mut impl Read,
+        source: &mut impl BufRead,
     ) -> Result<Data, CopyError> {
         self.sink.pad_to_block().map_err(CopyError::Write)?;
         let block = u32::try_from(self.sink.position() / BLOCK).ok().filter(|&block| block < NULL_ADDR);
@@ -69,7 +69,7 @@ impl<'f> Stream<'f> {
         &mut self,
         range: Range<u64>,
         extents: &[Range<u64>],
-        source: &mut impl Read,
+        source: &mut impl BufRead,
     ) -> Result<(), CopyError> {
         let start = self.sink.position();
         let first = extents.partition_point(|extent| extent.end <= range.start);

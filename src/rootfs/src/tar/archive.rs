@@ -1,6 +1,6 @@
 //! The entries of a tar archive, one after the other: ustar, POSIX (pax), GNU, star and the form from before them.
 
-use std::io::{self, Read};
+use std::io::{self, BufRead, Read};
 use std::ops::Range;
 
 use super::TarError;
@@ -60,7 +60,7 @@ pub struct Archive<'l, R> {
     padding: u64,
 }
 
-impl<'l, R: Read> Archive<'l, R> {
+impl<'l, R: BufRead> Archive<'l, R> {
     /// Starts at the first header.
     pub fn new(input: R, limits: &'l Limits) -> Archive<'l, R> {
         Archive { input, limits, position: 0, data: 0, padding: 0 }
@@ -217,7 +217,8 @@ impl<'l, R: Read> Archive<'l, R> {
 
     /// Says how much data follows the header that was just read.
     fn begin_data(&mut self, size: u64) -> Result<(), TarError> {
-        if size > self.limits.bytes {
+        // So that reading it needs no check of its own.
+        if self.position.checked_add(size).is_none_or(|end| end > self.limits.bytes) {
             return Err(TarError::Limit { what: "bytes", limit: self.limits.bytes });
         }
         self.data = size;
@@ -238,21 +239,24 @@ impl<'l, R: Read> Archive<'l, R> {
 
     fn skip_data(&mut self) -> Result<(), TarError> {
         self.data += std::mem::take(&mut self.padding);
-        let left = self.data;
-        let skipped = io::copy(self, &mut io::sink()).map_err(|e| self.failed(e))?;
-        if skipped == left { Ok(()) } else { Err(self.malformed("archive is cut off")) }
+        while self.data > 0 {
+            let n = self.fill_buf().map(<[u8]>::len).map_err(|e| self.failed(e))?;
+            if n == 0 {
+                return Err(self.malformed("archive is cut off"));
+            }
+            self.consume(n);
+        }
+        Ok(())
     }
 
     fn block(&mut self) -> Result<[u8; BLOCK], TarError> {
         let mut block = [0; BLOCK];
         self.input.read_exact(&mut block).map_err(|e| self.failed(e))?;
-        self.advance(BLOCK).map_err(|e| self.failed(e))?;
-        Ok(block)
-    }
-
-    fn advance(&mut self, by: usize) -> io::Result<()> {
-        self.position += by as u64;
-        if self.position > self.limits.bytes { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(()) }
+        self.position += BLOCK as u64;
+        match self.position > self.limits.bytes {
+            true => Err(self.failed(io::ErrorKind::FileTooLarge.into())),
+            false => Ok(block),
+        }
     }
 
     fn malformed(&self, what: &'static str) -> TarError {
@@ -270,13 +274,28 @@ impl<'l, R: Read> Archive<'l, R> {
     }
 }
 
-impl<R: Read> Read for Archive<'_, R> {
+impl<R: BufRead> Read for Archive<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let len = buffer.len().min(usize::try_from(self.data).unwrap_or(usize::MAX));
-        let n = self.input.read(&mut buffer[..len])?;
-        self.data -= n as u64;
-        self.advance(n)?;
+        let n = self.fill_buf()?.read(buffer)?;
+        self.consume(n);
         Ok(n)
+    }
+}
+
+impl<R: BufRead> BufRead for Archive<'_, R> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        if self.data == 0 {
+            return Ok(&[]);
+        }
+        let bytes = self.input.fill_buf()?;
+        let len = bytes.len().min(usize::try_from(self.data).unwrap_or(usize::MAX));
+        Ok(&bytes[..len])
+    }
+
+    fn consume(&mut self, n: usize) {
+        self.input.consume(n);
+        self.data -= n as u64;
+        self.position += n as u64;
     }
 }
 

@@ -1,6 +1,6 @@
 //! Entries of an archive → the tree of a layer. Names are judged here; nothing on any disk is looked at.
 
-use std::io::Read;
+use std::io::{BufRead, Read};
 
 use super::TarError;
 use super::archive::{Archive, Entry, Kind};
@@ -32,7 +32,12 @@ impl<'l> Layer<'l> {
     }
 
     /// Takes one entry; the data of a file goes from the archive into the image.
-    pub fn add<R: Read>(&mut self, entry: Entry, archive: &mut Archive<R>, image: &mut Stream) -> Result<(), TarError> {
+    pub fn add<R: BufRead>(
+        &mut self,
+        entry: Entry,
+        archive: &mut Archive<R>,
+        image: &mut Stream,
+    ) -> Result<(), TarError> {
         self.entries += 1;
         if self.entries > self.limits.entries {
             return Err(TarError::Limit { what: "entries", limit: self.limits.entries as u64 });
@@ -133,7 +138,7 @@ impl<'l> Layer<'l> {
         }
     }
 
-    fn inode<R: Read>(
+    fn inode<R: BufRead>(
         &mut self,
         mut entry: Entry,
         archive: &mut Archive<R>,
