@@ -11,7 +11,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nacelle_protocol::agent::{CONTAINERS_DIR, Container as Config};
+use nacelle_protocol::agent::{CONTAINERS_DIR, Container as Config, Lower};
 use nacelle_protocol::ids::ContainerId;
 use tokio::sync::oneshot;
 use tokio::task::{AbortHandle, spawn_blocking};
@@ -33,7 +33,7 @@ pub fn directory(id: &str) -> PathBuf {
 
 /// Something done that has to be undone if a later step fails.
 enum Undo {
-    Rootfs(Vec<String>),
+    Rootfs(Vec<Lower>),
     Cgroup(Cgroup),
 }
 
@@ -90,7 +90,7 @@ impl Guest {
         self: &Arc<Self>,
         id: &str,
         plan: Plan,
-        lowers: Vec<String>,
+        lowers: Vec<Lower>,
         names: Names,
         undo: &mut Vec<Undo>,
     ) -> Result<(Container, oneshot::Receiver<Ended>), GuestError> {

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nacelle_protocol::agent::{Container, Rootfs};
+use nacelle_protocol::agent::{Container, Lower, Rootfs};
 use nacelle_protocol::ids::ContainerId;
 use nacelle_rootfs::plan::{self, Mount};
 use oci_spec::runtime::{Hooks, LinuxResources, Process};
@@ -193,7 +193,7 @@ async fn finish(
     bundle: Bundle,
     spec: serde_json::Value,
     volumes: Vec<Volume>,
-    layers: Result<Vec<String>, PodError>,
+    layers: Result<Vec<Lower>, PodError>,
     request: Create,
 ) -> Result<Created, TaskError> {
     let pid = pod.vm.pid();

@@ -15,11 +15,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nacelle_protocol::agent::Lower;
 use nacelle_protocol::ids::SandboxId;
 use nacelle_protocol::vm::{AGENT_NAME, MOUNT_POINTS};
 use nacelle_rootfs::cache::{Cache, CacheError};
 use nacelle_rootfs::plan::RootfsPlan;
-use nacelle_rootfs::{Limits, program, upper};
+use nacelle_rootfs::{Layer, Limits, program, upper};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use thiserror::Error;
 use tokio::net::UnixListener;
@@ -144,7 +145,7 @@ fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PodErr
     move |source| PodError::Io { what, path: path.to_owned(), source }
 }
 
-/// Brings a root file system's lowers into the pod's share; returns their names, bottom first.
+/// Brings a root file system's lowers into the pod's share; returns what the guest has to know of them, bottom first.
 ///
 /// # Errors
 /// [`PodError`].
@@ -154,27 +155,32 @@ pub fn link_layers(
     container: &str,
     plan: &RootfsPlan,
     record: &Record,
-) -> Result<Vec<String>, PodError> {
+) -> Result<Vec<Lower>, PodError> {
     let begin = Instant::now();
     let cache = Cache::open(data_dir, Limits::default())?;
     let scratch = dirs.scratch(container);
     std::fs::create_dir_all(&scratch).map_err(io_error("create", &scratch))?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let layers = cache.acquire_all(plan, &scratch, threads)?;
+    record.layers(container, &layers);
+    let layers = cache.merge(layers)?;
     let share = dirs.layers();
-    let mut names = Vec::with_capacity(layers.len());
-    for layer in &layers {
+    let link = |layer: &Layer| {
         let name = format!("{}.erofs", layer.key);
         if !share.join(&name).exists() {
             cache.link_into(layer, &share, &name)?;
         }
-        names.push(name);
-    }
-    record.layers(container, &layers);
+        Ok::<_, CacheError>(name)
+    };
+    let lower = |layer: &Layer| {
+        let devices = layer.devices.iter().map(link).collect::<Result<_, _>>()?;
+        Ok::<_, CacheError>(Lower { name: link(layer)?, devices })
+    };
+    let lowers = layers.iter().map(lower).collect::<Result<_, _>>()?;
     record.phase("layers", begin);
     // Their images are linked; only containers' own conversions were in there.
     std::fs::remove_dir_all(&scratch).map_err(io_error("remove", &scratch))?;
-    Ok(names)
+    Ok(lowers)
 }
 
 /// What a pod has on the host. All of its methods block.

@@ -85,7 +85,7 @@ impl<'f> Stream<'f> {
     pub fn finish(mut self, tree: &Tree) -> Result<Written, WriteError> {
         self.sink.pad_to_block().map_err(WriteError::Write)?;
         let block = u32::try_from(self.sink.position() / BLOCK).map_err(|_| WriteError::TooLarge)?;
-        let plan = Plan::after(tree, block)?;
+        let plan = Plan::after(tree, block, &[])?;
         plan.write_from_metadata(&mut self.sink)?;
         let rest = self.sink.finish().map_err(WriteError::Write)?;
         let head = plan.super_block();
