@@ -324,7 +324,7 @@ fn patches_are_a_lower_on_top() {
     let layers = shop.acquire(&[Lower::Snapshot(shop.snapshot("a"))]).unwrap();
     let patch = |json: &str| {
         let list = decode(json.as_bytes(), &Limits::default()).unwrap();
-        shop.cache.patch(&layers, &list, &Sources::default(), &shop.path("scratch"))
+        shop.cache.patch(&layers, &list, &Sources::default(), &shop.path("scratch/patches"))
     };
     assert!(patch("[]").unwrap().is_none());
     let error = patch(r#"[{"kind":"append","path":"/missing","content":"x"}]"#).unwrap_err();

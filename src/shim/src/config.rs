@@ -135,11 +135,12 @@ impl Default for VmTable {
 struct RootfsTable {
     dir: PathBuf,
     upper_mib: u64,
+    patches: Option<PathBuf>,
 }
 
 impl Default for RootfsTable {
     fn default() -> Self {
-        Self { dir: "/var/lib/nacelle".into(), upper_mib: 10 * 1024 }
+        Self { dir: "/var/lib/nacelle".into(), upper_mib: 10 * 1024, patches: None }
     }
 }
 
@@ -235,6 +236,8 @@ pub struct Config {
     pub data_dir: PathBuf,
     /// Size of a pod's upper; MiB.
     pub upper_mib: u64,
+    /// A list of patches for the root of every container.
+    pub patches: Option<PathBuf>,
     /// First id of the first pod.
     pub uid_base: u32,
     /// RLIMIT_NOFILE of a VMM.
@@ -329,6 +332,7 @@ fn parse(text: &str, origin: &str) -> Result<Config, ConfigError> {
         kernel_args: vm.kernel_args,
         data_dir: rootfs.dir,
         upper_mib: rootfs.upper_mib,
+        patches: rootfs.patches,
         uid_base: jail.uid_base,
         max_files: jail.max_files,
         idmap: jail.idmap,
@@ -356,6 +360,9 @@ impl Config {
             check(clean, "vm.kernel_args", word, "one printable word each, without quotes")?;
         }
         check(self.data_dir.is_absolute(), "rootfs.dir", &self.data_dir.display(), "an absolute path")?;
+        if let Some(file) = &self.patches {
+            check(file.is_absolute(), "rootfs.patches", &file.display(), "an absolute path")?;
+        }
         check((64..=1 << 24).contains(&self.upper_mib), "rootfs.upper_mib", &self.upper_mib, "64 to 16777216")?;
         let uid_ok = self.uid_base >= UIDS_PER_POD && self.uid_base.is_multiple_of(UIDS_PER_POD);
         check(uid_ok, "jail.uid_base", &self.uid_base, "a multiple of 65536, not zero")?;
@@ -444,7 +451,7 @@ mod tests {
             })
             .collect();
         let config = parse(&spelled, "spelled out").expect("parse");
-        assert_eq!(Config { kernel: None, vmm: None, agent: None, ..config }, defaults);
+        assert_eq!(Config { kernel: None, vmm: None, agent: None, patches: None, ..config }, defaults);
     }
 
     #[test]
@@ -460,6 +467,7 @@ mod tests {
         assert!(err("[rootfs]\ndir = \"x\"\n").contains("absolute"));
         assert!(err("[annotations]\nallow = [\"io.nacelle.jail\"]\n").contains("no such annotation"));
         assert!(err("[annotations]\nhost_paths = [\"kernels\"]\n").contains("absolute"));
+        assert!(err("[rootfs]\npatches = \"x\"\n").contains("absolute"));
         assert!(!err("[vm]\nmemory = 5\n").contains('\n'), "one line for containerd's log");
     }
 

@@ -26,6 +26,7 @@ mod events;
 mod guest;
 mod hooks;
 mod info;
+mod patches;
 mod perform;
 mod pod;
 mod publisher;

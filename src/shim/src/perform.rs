@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use crate::bundle::{Bundle, Role};
 use crate::guest::GuestEvent;
 use crate::hooks;
+use crate::patches::Patches;
 use crate::pod::{Env, Host, Pod, PodError, blocking, link_layers};
 use crate::sandbox::{ProcessKey, Refusal};
 use crate::spec::{self, Shared, Volume};
@@ -99,6 +100,7 @@ pub async fn create_first(
     let translation = spec::translate(&bundle.spec, &id, None)?;
     log_dropped(&id, &translation.dropped);
     let rootfs = plan::plan(&request.rootfs)?;
+    let patches = Patches::read(config.patches.as_deref(), None, &[])?;
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let size = vm::size(&bundle, &config, cpus, &wishes)?;
 
@@ -108,7 +110,7 @@ pub async fn create_first(
     // The lowers are converted while the VM boots: the guest finds them in its share when it needs them.
     let dirs = host.dirs.clone();
     let (name, record) = (id.to_string(), host.record.clone());
-    let convert = move || link_layers(&data_dir, &dirs, &name, &rootfs, &record);
+    let convert = move || link_layers(&data_dir, &dirs, &name, &rootfs, &patches, &record);
     let layers = tokio::spawn(blocking("convert layers", convert));
     let equip = {
         let (bundle, volumes) = (bundle.clone(), translation.volumes.clone());
@@ -168,13 +170,14 @@ pub async fn create_next(
     let translation = spec::translate(&bundle.spec, &id, shared)?;
     log_dropped(&id, &translation.dropped);
     let rootfs = plan::plan(&request.rootfs)?;
+    let patches = Patches::read(pod.host.config().patches.as_deref(), None, &[])?;
     let (host, volumes) = (pod.host.clone(), translation.volumes.clone());
     let name = id.to_string();
     let pid = pod.vm.pid();
     let layers = blocking("prepare container", move || {
         let degraded = volumes::bind_later(&host.vmm, pid, &host.dirs.volumes(), &volumes, host.idmap())?;
         host.record.set(|status| status.degraded.extend(degraded));
-        link_layers(host.data_dir(), &host.dirs, &name, &rootfs, &host.record)
+        link_layers(host.data_dir(), &host.dirs, &name, &rootfs, &patches, &host.record)
     });
     let layers = layers.await;
     let names: Vec<_> = translation.volumes.iter().map(|volume| volume.name.clone()).collect();

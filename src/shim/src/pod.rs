@@ -33,6 +33,7 @@ use crate::cgroup::{self, CgroupError};
 use crate::conduct::Conduct;
 use crate::config::{Config, Idmap, Origin, Programs};
 use crate::guest::{Guest, GuestError, GuestEvent};
+use crate::patches::Patches;
 use crate::spec::Volume;
 use crate::state::{Dirs, Process, State, StateError, UidSlot};
 use crate::status::Record;
@@ -154,6 +155,7 @@ pub fn link_layers(
     dirs: &Dirs,
     container: &str,
     plan: &RootfsPlan,
+    patches: &Patches,
     record: &Record,
 ) -> Result<Vec<Lower>, PodError> {
     let begin = Instant::now();
@@ -161,7 +163,8 @@ pub fn link_layers(
     let scratch = dirs.scratch(container);
     std::fs::create_dir_all(&scratch).map_err(io_error("create", &scratch))?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let layers = cache.acquire_all(plan, &scratch, threads)?;
+    let mut layers = cache.acquire_all(plan, &scratch, threads)?;
+    patches.build(&cache, &mut layers, &scratch)?;
     record.layers(container, &layers);
     let layers = cache.merge(layers)?;
     let share = dirs.layers();
@@ -240,6 +243,12 @@ impl Host {
     }
 
     /// Where the node's layers are.
+    /// The node's configuration, as it was when the pod started.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Where layers and disks live.
     pub fn data_dir(&self) -> &Path {
         &self.config.data_dir
     }

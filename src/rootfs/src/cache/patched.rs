@@ -11,14 +11,14 @@ use super::{Cache, CacheError, Layer, Outcome, failed};
 use crate::patch::{self, LowerImage, Patch, PatchError, Sources};
 
 impl Cache {
-    /// Builds the image of `patches` over `layers` (bottom first) in `scratch`, which must exist and belongs to the caller; `None` for
-    /// no patches. Nothing of the layers is changed.
+    /// Builds the image of `patches` over `layers` (bottom first) at `image`, a file of the caller's; `None` for no patches. Nothing of
+    /// the layers is changed.
     pub fn patch(
         &self,
         layers: &[Layer],
         patches: &[Patch],
         sources: &Sources,
-        scratch: &Path,
+        image: &Path,
     ) -> Result<Option<Layer>, CacheError> {
         let start = Instant::now();
         let open = |layer: &Layer| {
@@ -26,15 +26,14 @@ impl Cache {
             Ok(LowerImage { name: layer.key.clone(), file: layer.file.try_clone().map_err(failed)? })
         };
         let lowers = layers.iter().map(open).collect::<Result<Vec<_>, PatchError>>()?;
-        let image = scratch.join("patches.erofs");
-        let Some(written) = patch::build(patches, &lowers, sources, &self.limits, &image)? else { return Ok(None) };
-        let temporary = Temporary(Some(&image));
-        fs::set_permissions(&image, fs::Permissions::from_mode(0o444)).map_err(failed("protect image", &image))?;
-        let key = key_of(&image).map_err(failed("read back image", &image))?;
-        let file = reopen(&image)?;
+        let Some(written) = patch::build(patches, &lowers, sources, &self.limits, image)? else { return Ok(None) };
+        let temporary = Temporary(Some(image));
+        fs::set_permissions(image, fs::Permissions::from_mode(0o444)).map_err(failed("protect image", image))?;
+        let key = key_of(image).map_err(failed("read back image", image))?;
+        let file = reopen(image)?;
         temporary.keep();
         Ok(Some(Layer {
-            path: image,
+            path: image.into(),
             key,
             size: written.size,
             outcome: Outcome::Ephemeral,
