@@ -1,7 +1,7 @@
 //! `nacelle layer build`: a directory or a tar archive → an EROFS image.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
@@ -60,7 +60,7 @@ pub fn run(arguments: &Arguments, out: &mut impl io::Write) -> anyhow::Result<()
     if arguments.json {
         let report = json!({
             "image": output.display().to_string(), "size": written.size, "inodes": written.inodes,
-            "checksum": format!("crc32c:{:08x}", written.checksum),
+            "checksum": written.checksum.map(|checksum| format!("crc32c:{checksum:08x}")),
             "diff_id": diff_id.map(|id| id.to_string()), "verified": arguments.verify,
         });
         serde_json::to_writer_pretty(&mut *out, &report)?;
@@ -84,23 +84,33 @@ fn from_tree(tree: &Tree, image: &File) -> anyhow::Result<Written> {
 }
 
 fn from_archive(path: &Path, image: &File, hashing: Hashing) -> anyhow::Result<(Written, Option<DiffId>)> {
-    let (archive, size): (Box<dyn Read + Send>, _) = if path.as_os_str() == "-" {
-        (Box::new(io::stdin()), None)
+    let limits = Limits::default();
+    let converted = if path.as_os_str() == "-" {
+        let bar = progress::bar("converting", None);
+        let converted = tar::convert(bar.wrap_read(io::stdin()), image, &limits, hashing)?;
+        bar.finish_and_clear();
+        converted
     } else {
         let file = File::open(path).context("open it")?;
         let size = file.metadata().context("stat it")?.len();
-        (Box::new(file), Some(size))
+        let bar = progress::bar("converting", Some(size));
+        // A bar shows what passes through this process, which would be slower for nobody to look at.
+        let converted = match bar.is_hidden() {
+            true => tar::convert_file(&file, image, &limits, hashing),
+            false => tar::convert(bar.wrap_read(file), image, &limits, hashing),
+        }?;
+        bar.finish_and_clear();
+        converted
     };
-    let bar = progress::bar("converting", size);
-    let converted = tar::convert(bar.wrap_read(archive), image, &Limits::default(), hashing)?;
-    bar.finish_and_clear();
     Ok((converted.written, converted.diff_id))
 }
 
 /// Reads the image as a stranger would.
 fn verify(file: &File, written: &Written) -> anyhow::Result<()> {
     let found = checksum(file).context("read it back")?;
-    ensure!(found == written.checksum, "checksum is {found:08x}, not {:08x} as written", written.checksum);
+    if let Some(written) = written.checksum {
+        ensure!(found == written, "checksum is {found:08x}, not {written:08x} as written");
+    }
     let totals = Image::open(file).and_then(|image| image.check())?;
     ensure!(totals.inodes == written.inodes, "it has {} inodes, not {} as written", totals.inodes, written.inodes);
     Ok(())

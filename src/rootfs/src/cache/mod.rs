@@ -377,7 +377,11 @@ impl Cache {
         image.sync_all().map_err(failed("sync image", &temp))?;
         let sidecar = Sidecar {
             source,
-            checksum: written.checksum,
+            // What goes into the cache passes through this process, and so has one.
+            checksum: written
+                .checksum
+                .map_or_else(|| checksum(&image), Ok)
+                .map_err(failed("read back image", &temp))?,
             inodes: written.inodes,
             opaque,
             stamp: Stamp::of(&image).map_err(failed("read back image", &temp))?,

@@ -1,8 +1,11 @@
 //! The end of the writer: one buffer in front of the output, which knows its position and sums up what passes.
 
+use std::fs::File;
 use std::io::{self, BufRead, Write};
 use std::ops::Range;
-use std::os::fd::OwnedFd;
+use std::os::fd::AsFd;
+
+use rustix::io::Errno;
 
 use super::format::BLOCK;
 
@@ -19,7 +22,7 @@ pub struct Sink<W> {
     buffer: Box<[u8]>,
     filled: usize,
     flushed: u64,
-    checksum: u32,
+    checksum: Option<u32>,
 }
 
 /// Why a copy stopped.
@@ -36,7 +39,7 @@ pub enum CopyError {
 impl<W: Write> Sink<W> {
     /// A sink whose first byte will be at `position` of the image.
     pub fn new(out: W, position: u64) -> Sink<W> {
-        Sink { out, buffer: vec![0; BUFFER].into(), filled: 0, flushed: position, checksum: 0 }
+        Sink { out, buffer: vec![0; BUFFER].into(), filled: 0, flushed: position, checksum: Some(0) }
     }
 
     /// Where the next byte goes.
@@ -76,12 +79,12 @@ impl<W: Write> Sink<W> {
     }
 
     /// Appends a range of a file.
-    pub fn copy(&mut self, file: &OwnedFd, range: Range<u64>) -> Result<(), CopyError> {
+    pub fn copy(&mut self, file: impl AsFd, range: Range<u64>) -> Result<(), CopyError> {
         let mut at = range.start;
         while at < range.end {
             let free = &mut self.buffer[self.filled..];
             let wanted = free.len().min(usize::try_from(range.end - at).unwrap_or(usize::MAX));
-            match rustix::io::pread(file, &mut free[..wanted], at) {
+            match rustix::io::pread(&file, &mut free[..wanted], at) {
                 Ok(0) => return Err(CopyError::TooShort),
                 Ok(n) => {
                     self.advance(n).map_err(CopyError::Write)?;
@@ -120,8 +123,8 @@ impl<W: Write> Sink<W> {
         self.write(bytes)
     }
 
-    /// Writes what is left; returns the CRC-32C of everything that passed.
-    pub fn finish(mut self) -> io::Result<u32> {
+    /// Writes what is left; returns the CRC-32C of everything, if everything passed.
+    pub fn finish(mut self) -> io::Result<Option<u32>> {
         self.flush()?;
         self.out.flush()?;
         Ok(self.checksum)
@@ -141,9 +144,33 @@ impl<W: Write> Sink<W> {
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.checksum = crc32c::crc32c_append(self.checksum, bytes);
+        self.checksum = self.checksum.map(|checksum| crc32c::crc32c_append(checksum, bytes));
         self.out.write_all(bytes)?;
         self.flushed += bytes.len() as u64;
         Ok(())
+    }
+}
+
+impl Sink<&File> {
+    /// Appends a range of a file, copied by the kernel. `false`, with nothing done, when it cannot do that with these two files.
+    pub fn splice(&mut self, file: &File, mut at: u64, len: u64) -> Result<bool, CopyError> {
+        self.flush().map_err(CopyError::Write)?;
+        let end = at.checked_add(len).ok_or(CopyError::TooShort)?;
+        let start = at;
+        while at < end {
+            let wanted = usize::try_from(end - at).unwrap_or(usize::MAX).min(1 << 30);
+            match rustix::fs::copy_file_range(file, Some(&mut at), self.out, None, wanted) {
+                Ok(0) => return Err(CopyError::TooShort),
+                Ok(n) => {
+                    self.flushed += n as u64;
+                    self.checksum = None;
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) if at == start => return Ok(false),
+                // Which of the two files it was, the kernel does not say; a full disk is the likeliest.
+                Err(e) => return Err(CopyError::Write(e.into())),
+            }
+        }
+        Ok(true)
     }
 }

@@ -70,8 +70,8 @@ pub struct Written {
     pub size: u64,
     /// Inodes in the image.
     pub inodes: u64,
-    /// CRC-32C of the whole image.
-    pub checksum: u32,
+    /// CRC-32C of the whole image; `None` when the kernel copied parts of it, which nobody has seen then.
+    pub checksum: Option<u32>,
 }
 
 /// An image laid out: where each inode, directory and file goes.

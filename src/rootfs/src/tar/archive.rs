@@ -1,10 +1,12 @@
 //! The entries of a tar archive, one after the other: ustar, POSIX (pax), GNU, star and the form from before them.
 
+use std::fs::File;
 use std::io::{self, BufRead, Read};
 use std::ops::Range;
 
 use super::TarError;
 use super::header::{self, BLOCK, Header};
+use super::input::Input;
 use super::pax::{self, Pax};
 use crate::Limits;
 use crate::tree::Time;
@@ -51,18 +53,21 @@ pub struct Entry {
     pub extents: Option<Vec<Range<u64>>>,
 }
 
+/// From this size on a file's data is not worth passing through this process.
+const COPIED: u64 = 1 << 20;
+
 /// An archive that is being read. Reading from it gives the data of the entry that came last.
-pub struct Archive<'l, R> {
-    input: R,
+pub struct Archive<'l, 's> {
+    input: Input<'s>,
     limits: &'l Limits,
     position: u64,
     data: u64,
     padding: u64,
 }
 
-impl<'l, R: BufRead> Archive<'l, R> {
+impl<'l, 's> Archive<'l, 's> {
     /// Starts at the first header.
-    pub fn new(input: R, limits: &'l Limits) -> Archive<'l, R> {
+    pub fn new(input: Input<'s>, limits: &'l Limits) -> Archive<'l, 's> {
         Archive { input, limits, position: 0, data: 0, padding: 0 }
     }
 
@@ -96,8 +101,19 @@ impl<'l, R: BufRead> Archive<'l, R> {
     }
 
     /// Gives back the input, behind the end mark's first block.
-    pub fn into_inner(self) -> R {
+    pub fn into_inner(self) -> Input<'s> {
         self.input
+    }
+
+    /// Where the data of the entry lies, all of it, when it is best copied by the kernel; it counts as read then.
+    pub fn skip_to_copy(&mut self) -> Option<(&'s File, u64)> {
+        let (size, whole) = (self.data, self.data > COPIED);
+        let found = if whole { self.input.skip_to_copy(size) } else { None };
+        if found.is_some() {
+            self.data = 0;
+            self.position += size;
+        }
+        found
     }
 
     fn entry(
@@ -274,7 +290,7 @@ impl<'l, R: BufRead> Archive<'l, R> {
     }
 }
 
-impl<R: BufRead> Read for Archive<'_, R> {
+impl Read for Archive<'_, '_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let n = self.fill_buf()?.read(buffer)?;
         self.consume(n);
@@ -282,7 +298,7 @@ impl<R: BufRead> Read for Archive<'_, R> {
     }
 }
 
-impl<R: BufRead> BufRead for Archive<'_, R> {
+impl BufRead for Archive<'_, '_> {
     fn fill_buf(&mut self) -> io::Result<&[u8]> {
         if self.data == 0 {
             return Ok(&[]);

@@ -11,7 +11,9 @@
 //!
 //! Plain bytes are read by whoever writes them, so that they are still in that processor's cache.
 
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
+use std::os::unix::fs::FileExt;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{Builder, Scope, ScopedJoinHandle};
 
@@ -38,6 +40,8 @@ pub struct Input<'s> {
 enum Source<'s> {
     /// Plain bytes, and chunks for them.
     Plain(Box<dyn Read + 's>, Receiver<Chunk>),
+    /// A plain file that nobody hashes, where the next chunk starts, and chunks.
+    File(&'s File, u64, Receiver<Chunk>),
     /// What the decompressing thread sends.
     Compressed(Receiver<io::Result<Chunk>>),
 }
@@ -76,6 +80,32 @@ impl<'s> Input<'s> {
         Ok(Input { source, hash, used, current: Chunk::default(), at: 0 })
     }
 
+    /// The same for a file. A plain one that is not hashed is copied from by the kernel where the entries are large.
+    pub fn of_file<'e>(scope: &'s Scope<'s, 'e>, file: &'s File, hash: bool) -> io::Result<Input<'s>> {
+        let mut start = [0; 4];
+        let regular = file.metadata()?.is_file();
+        let plain = regular && !matches!(file.read_at(&mut start, 0), Ok(4) if is_compressed(start));
+        if hash || !plain {
+            return Input::start(scope, file, hash);
+        }
+        let (used, empty) = sync_channel(1);
+        Ok(Input { source: Source::File(file, 0, empty), hash: None, used, current: Chunk::default(), at: 0 })
+    }
+
+    /// Skips the next `len` bytes if somebody else can copy them: from this file, at this offset.
+    pub fn skip_to_copy(&mut self, len: u64) -> Option<(&'s File, u64)> {
+        let Source::File(file, next, _) = &mut self.source else { return None };
+        let waiting = (self.current.len() - self.at) as u64;
+        let start = *next - waiting;
+        if len < waiting {
+            self.at += len as usize;
+        } else {
+            self.at = self.current.len();
+            *next = start.checked_add(len)?;
+        }
+        Some((file, start))
+    }
+
     /// Reads what is left, at most `limit` bytes; returns the SHA-256 of all where it was wanted.
     pub fn finish(mut self, limit: u64) -> io::Result<Option<[u8; 32]>> {
         let mut left = 0u64;
@@ -104,6 +134,11 @@ impl<'s> Input<'s> {
         }
         self.current = match &mut self.source {
             Source::Plain(archive, empty) => fill(archive, empty)?,
+            Source::File(file, next, empty) => {
+                let chunk = fill(&mut At { file, at: *next }, empty)?;
+                *next += chunk.len() as u64;
+                chunk
+            }
             Source::Compressed(chunks) => chunks.recv().unwrap_or_else(|_| Ok(Chunk::default()))?,
         };
         Ok(())
@@ -168,15 +203,38 @@ fn fill(archive: &mut (impl Read + ?Sized), empty: &Receiver<Chunk>) -> io::Resu
     Ok(chunk)
 }
 
+/// Reads a file from an offset on, whatever its cursor says.
+struct At<'f> {
+    file: &'f File,
+    at: u64,
+}
+
+impl Read for At<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.file.read_at(buffer, self.at)?;
+        self.at += n as u64;
+        Ok(n)
+    }
+}
+
+const GZIP: [u8; 2] = [0x1f, 0x8b];
+const ZSTD: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+
+fn is_compressed(start: [u8; 4]) -> bool {
+    start.starts_with(&GZIP) || start == ZSTD
+}
+
 /// Decompresses what starts like gzip or zstd; anything else is taken as it is. Says whether it was compressed.
 fn open<'a>(mut archive: impl Read + Send + 'a) -> io::Result<(Box<dyn Read + Send + 'a>, bool)> {
     let mut start = Vec::with_capacity(4);
     (&mut archive).take(4).read_to_end(&mut start)?;
     let magic = start.clone();
     let archive = io::Cursor::new(start).chain(archive);
-    Ok(match magic.as_slice() {
-        [0x1f, 0x8b, ..] => (Box::new(MultiGzDecoder::new(BufReader::with_capacity(CHUNK, archive))), true),
-        [0x28, 0xb5, 0x2f, 0xfd] => (Box::new(zstd::Decoder::new(archive)?), true),
-        _ => (Box::new(archive), false),
+    Ok(if magic.starts_with(&GZIP) {
+        (Box::new(MultiGzDecoder::new(BufReader::with_capacity(CHUNK, archive))), true)
+    } else if magic == ZSTD {
+        (Box::new(zstd::Decoder::new(archive)?), true)
+    } else {
+        (Box::new(archive), false)
     })
 }

@@ -154,25 +154,38 @@ pub fn convert(
 ) -> Result<Converted, TarError> {
     std::thread::scope(|scope| {
         let input = Input::start(scope, archive, hashing != Hashing::Skip).map_err(TarError::Read)?;
-        let mut archive = Archive::new(input, limits);
-        let mut layer = Layer::new(limits);
-        let mut stream = Stream::new(image).map_err(WriteError::Write)?;
-        while let Some(entry) = archive.next()? {
-            layer.add(entry, &mut archive, &mut stream)?;
-        }
-        let diff_id = archive.finish()?.map(DiffId);
-        if let (Hashing::Expect(expected), Some(found)) = (hashing, diff_id)
-            && expected != found
-        {
-            return Err(TarError::DiffId { expected, found });
-        }
-        let tree = layer.finish();
-        let written = stream.finish(&tree)?;
-        Ok(Converted { written, diff_id, opaque: tree.inodes[Tree::ROOT].is_opaque() })
+        convert_input(input, image, limits, hashing)
     })
 }
 
-impl Archive<'_, Input<'_>> {
+/// The same for an archive in a file. Large files in a plain one that is not hashed are copied by the kernel alone; there is no
+/// checksum of the image then.
+pub fn convert_file(archive: &File, image: &File, limits: &Limits, hashing: Hashing) -> Result<Converted, TarError> {
+    std::thread::scope(|scope| {
+        let input = Input::of_file(scope, archive, hashing != Hashing::Skip).map_err(TarError::Read)?;
+        convert_input(input, image, limits, hashing)
+    })
+}
+
+fn convert_input(input: Input, image: &File, limits: &Limits, hashing: Hashing) -> Result<Converted, TarError> {
+    let mut archive = Archive::new(input, limits);
+    let mut layer = Layer::new(limits);
+    let mut stream = Stream::new(image).map_err(WriteError::Write)?;
+    while let Some(entry) = archive.next()? {
+        layer.add(entry, &mut archive, &mut stream)?;
+    }
+    let diff_id = archive.finish()?.map(DiffId);
+    if let (Hashing::Expect(expected), Some(found)) = (hashing, diff_id)
+        && expected != found
+    {
+        return Err(TarError::DiffId { expected, found });
+    }
+    let tree = layer.finish();
+    let written = stream.finish(&tree)?;
+    Ok(Converted { written, diff_id, opaque: tree.inodes[Tree::ROOT].is_opaque() })
+}
+
+impl Archive<'_, '_> {
     /// Reads what follows the end mark; returns the digest of everything where it was wanted.
     fn finish(self) -> Result<Option<[u8; 32]>, TarError> {
         let limit = self.limits().bytes;
