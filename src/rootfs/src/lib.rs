@@ -74,7 +74,7 @@ impl Default for Limits {
             file: 1 << 40,
             header: 1 << 20,
             pieces: 16 << 10,
-            small_files: 64 << 20,
+            small_files: 20 << 20,
             patches: 1024,
             append: 64 << 20,
         }
