@@ -123,7 +123,13 @@ impl<W: Write> Sink<W> {
         self.write(bytes)
     }
 
-    /// Writes what is left; returns the CRC-32C of everything, if everything passed.
+    /// Nobody wants the checksum: it is worth a tenth of what a small file costs.
+    pub fn without_checksum(mut self) -> Sink<W> {
+        self.checksum = None;
+        self
+    }
+
+    /// Writes what is left; returns the CRC-32C of everything, if it was wanted and everything passed.
     pub fn finish(mut self) -> io::Result<Option<u32>> {
         self.flush()?;
         self.out.flush()?;

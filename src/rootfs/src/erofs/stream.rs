@@ -59,11 +59,13 @@ impl Writeback {
 }
 
 impl<'f> Stream<'f> {
-    /// Starts an image in an empty file.
-    pub fn new(mut file: &'f File) -> io::Result<Stream<'f>> {
+    /// Starts an image in an empty file, with or without a checksum of all of it.
+    pub fn new(mut file: &'f File, checksum: bool) -> io::Result<Stream<'f>> {
         let start = u64::from(FIRST_BLOCK) * BLOCK;
         file.seek(SeekFrom::Start(start))?;
-        Ok(Stream { file, sink: Sink::new(file, start), started: start, writeback: None })
+        let sink = Sink::new(file, start);
+        let sink = if checksum { sink } else { sink.without_checksum() };
+        Ok(Stream { file, sink, started: start, writeback: None })
     }
 
     /// Starts to sync when there is enough to do.

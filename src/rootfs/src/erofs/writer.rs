@@ -70,7 +70,7 @@ pub struct Written {
     pub size: u64,
     /// Inodes in the image.
     pub inodes: u64,
-    /// CRC-32C of the whole image; `None` when the kernel copied parts of it, which nobody has seen then.
+    /// CRC-32C of the whole image; `None` where nobody has seen all of it (see [`crate::tar::convert_file`]).
     pub checksum: Option<u32>,
 }
 

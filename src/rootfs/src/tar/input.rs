@@ -92,6 +92,11 @@ impl<'s> Input<'s> {
         Ok(Input { source: Source::File(file, 0, empty), hash: None, used, current: Chunk::default(), at: 0 })
     }
 
+    /// True where [`Input::skip_to_copy`] skips.
+    pub fn is_copied(&self) -> bool {
+        matches!(self.source, Source::File(..))
+    }
+
     /// Skips the next `len` bytes if somebody else can copy them: from this file, at this offset.
     pub fn skip_to_copy(&mut self, len: u64) -> Option<(&'s File, u64)> {
         let Source::File(file, next, _) = &mut self.source else { return None };

@@ -158,8 +158,8 @@ pub fn convert(
     })
 }
 
-/// The same for an archive in a file. Large files in a plain one that is not hashed are copied by the kernel alone; there is no
-/// checksum of the image then.
+/// The same for an archive in a file. From a plain one that is not hashed large files are copied by the kernel alone, and there is
+/// no checksum of the image.
 pub fn convert_file(archive: &File, image: &File, limits: &Limits, hashing: Hashing) -> Result<Converted, TarError> {
     std::thread::scope(|scope| {
         let input = Input::of_file(scope, archive, hashing != Hashing::Skip).map_err(TarError::Read)?;
@@ -168,9 +168,9 @@ pub fn convert_file(archive: &File, image: &File, limits: &Limits, hashing: Hash
 }
 
 fn convert_input(input: Input, image: &File, limits: &Limits, hashing: Hashing) -> Result<Converted, TarError> {
-    let mut archive = Archive::new(input, limits);
     let mut layer = Layer::new(limits);
-    let mut stream = Stream::new(image).map_err(WriteError::Write)?;
+    let mut stream = Stream::new(image, !input.is_copied()).map_err(WriteError::Write)?;
+    let mut archive = Archive::new(input, limits);
     while let Some(entry) = archive.next()? {
         layer.add(entry, &mut archive, &mut stream)?;
     }
