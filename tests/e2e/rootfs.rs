@@ -24,6 +24,7 @@ pub const CASES: &[Case] = &[
     Case::new("a_distribution", a_distribution),
     Case::new("file_system_semantics", file_system_semantics),
     Case::new("a_full_upper_harms_nobody_else", a_full_upper_harms_nobody_else),
+    Case::new("patches_by_configuration_and_annotation", patches_by_configuration_and_annotation),
     Case::new("packages_are_installed", packages_are_installed),
     Case::new("images_that_the_snapshotter_made", images_that_the_snapshotter_made),
 ];
@@ -157,6 +158,32 @@ fn a_full_upper_harms_nobody_else(node: &Node) {
     drop(configured);
     assert_eq!(run.text(), "1\nNo space left\nfits", "{run}");
     assert_eq!(other.sh("echo fine >/file && cat /file"), "fine");
+}
+
+fn patches_by_configuration_and_annotation(node: &Node) {
+    if !node.is_nacelle() {
+        return;
+    }
+    let (list, source) = (node.path("patches.json"), node.path("patch-source"));
+    fs::write(&source, "copied\n").expect("write a file");
+    let patches = json!([
+        { "kind": "text", "path": "/etc/motd", "content": "node\n" },
+        { "kind": "copy-file", "src": source, "dst": "/copy" },
+        { "kind": "remove", "path": "/home" },
+    ]);
+    fs::write(&list, patches.to_string()).expect("write the list");
+    let configured = node.configure(&format!("rootfs.patches = {list:?}"));
+    let annotation = |patches: serde_json::Value| format!("io.nacelle.patches={patches}");
+    let good = annotation(json!([{ "kind": "append", "path": "/etc/motd", "content": "pod\n" }]));
+    let script = "cat /etc/motd /copy; test ! -e /home && echo removed; echo more >>/etc/motd && tail -n 1 /etc/motd";
+    let run = node.run(&["--rm", "--annotation", &good], BUSYBOX, &["sh", "-c", script]).ok();
+    assert_eq!(run.text(), "node\npod\ncopied\nremoved\nmore", "{run}");
+    // A pod's author may not copy what the node's owner may.
+    let bad = annotation(json!([{ "kind": "copy-file", "src": source, "dst": "/stolen" }]));
+    let run = node.run(&["--rm", "--annotation", &bad], BUSYBOX, &["true"]).run();
+    run.expect_failure(&["apply patch 0 to /stolen", "patch-source"]);
+    drop(configured);
+    assert_eq!(node.run(&["--rm"], BUSYBOX, &["sh", "-c", "test -d /home && echo there"]).ok().text(), "there");
 }
 
 fn packages_are_installed(node: &Node) {

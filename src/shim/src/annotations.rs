@@ -5,6 +5,7 @@
 //! | `io.nacelle.vcpus`         | 1 to 255            | virtual CPUs                       | the host's CPUs                  |
 //! | `io.nacelle.memory_mib`    | MiB, 128 and more   | the VM's RAM                       | what the pod's limit allows      |
 //! | `io.nacelle.upper_mib`     | MiB, 64 and more    | size of the writable disk          | `rootfs.upper_mib`               |
+//! | `io.nacelle.patches`       | JSON list           | files of the container's root      | copies: `annotations.host_paths` |
 //! | `io.nacelle.kernel`        | path of an ELF file | the guest kernel                   | below `annotations.host_paths`   |
 //!
 //! Whoever writes them may create pods and is trusted with nothing else. An annotation that is not in the list, or not
@@ -27,13 +28,15 @@ pub const VCPUS: &str = "io.nacelle.vcpus";
 pub const MEMORY_MIB: &str = "io.nacelle.memory_mib";
 /// Size of the writable disk, MiB.
 pub const UPPER_MIB: &str = "io.nacelle.upper_mib";
+/// Changes to the container's root, see [`crate::patches`].
+pub const PATCHES: &str = "io.nacelle.patches";
 /// The guest kernel, a path on the host.
 pub const KERNEL: &str = "io.nacelle.kernel";
 
 /// The closed list.
-pub const KNOWN: [&str; 4] = [VCPUS, MEMORY_MIB, UPPER_MIB, KERNEL];
+pub const KNOWN: [&str; 5] = [VCPUS, MEMORY_MIB, UPPER_MIB, PATCHES, KERNEL];
 /// What a pod may say where the configuration does not say otherwise: nothing that names the host's files.
-pub const ALLOWED: [&str; 3] = [VCPUS, MEMORY_MIB, UPPER_MIB];
+pub const ALLOWED: [&str; 4] = [VCPUS, MEMORY_MIB, UPPER_MIB, PATCHES];
 
 /// Most bytes of nacelle's annotations of one container, names and values together.
 const MAX_TOTAL: usize = 256 << 10;
@@ -86,6 +89,8 @@ pub struct Wishes {
     pub memory_mib: Option<u32>,
     /// Size of the writable disk, MiB.
     pub upper_mib: Option<u64>,
+    /// A list of patches, not decoded.
+    pub patches: Option<String>,
     /// The guest kernel, with every link followed.
     pub kernel: Option<PathBuf>,
 }
@@ -120,6 +125,7 @@ impl Policy {
                 UPPER_MIB => {
                     wishes.upper_mib = Some(number(name, value, 64, 1 << 24, "a number from 64 to 16777216")?);
                 }
+                PATCHES => wishes.patches = Some(value.clone()),
                 _ => wishes.kernel = Some(self.host_path(name, value)?),
             }
         }
@@ -175,7 +181,7 @@ mod tests {
         let foreign = [("io.kubernetes.cri.sandbox-id", "x"), ("io.nacellex", "y")];
         assert_eq!(read(&foreign), Ok(Wishes::default()));
         let sizes = [(VCPUS, "4"), (MEMORY_MIB, "1024"), (UPPER_MIB, "64")];
-        let wishes = Wishes { vcpus: Some(4), memory_mib: Some(1024), upper_mib: Some(64), kernel: None };
+        let wishes = Wishes { vcpus: Some(4), memory_mib: Some(1024), upper_mib: Some(64), ..Wishes::default() };
         assert_eq!(read(&sizes), Ok(wishes));
         let text = read(&[("io.nacelle.vcpu", "4")]).expect_err("misspelt").to_string();
         assert_eq!(text, "read annotation \"io.nacelle.vcpu\": nacelle knows no such annotation");

@@ -14,10 +14,12 @@ use nacelle_rootfs::plan::{self, Mount};
 use oci_spec::runtime::{Hooks, LinuxResources, Process};
 use tokio::sync::mpsc;
 
+use crate::annotations::{PATCHES, Wishes};
 use crate::bundle::{Bundle, Role};
+use crate::config::Config;
 use crate::guest::GuestEvent;
 use crate::hooks;
-use crate::patches::Patches;
+use crate::patches::{Patches, PatchesError};
 use crate::pod::{Env, Host, Pod, PodError, blocking, link_layers};
 use crate::sandbox::{ProcessKey, Refusal};
 use crate::spec::{self, Shared, Volume};
@@ -78,6 +80,16 @@ fn log_dropped(id: &ContainerId, dropped: &[String]) {
     }
 }
 
+/// The changes to a container's root that the node and the pod want. A pause container has no root that anybody would
+/// change, and its image not the files that patches are for.
+fn patches(config: &Config, bundle: &Bundle, wishes: &Wishes) -> Result<Patches, PatchesError> {
+    if bundle.role == Role::Sandbox {
+        return Ok(Patches::default());
+    }
+    let annotation = wishes.patches.as_deref().map(|json| (PATCHES, json));
+    Patches::read(config.patches.as_deref(), annotation, &config.annotations.host_paths)
+}
+
 /// Boots the pod with its first container in it.
 ///
 /// # Errors
@@ -100,7 +112,7 @@ pub async fn create_first(
     let translation = spec::translate(&bundle.spec, &id, None)?;
     log_dropped(&id, &translation.dropped);
     let rootfs = plan::plan(&request.rootfs)?;
-    let patches = Patches::read(config.patches.as_deref(), None, &[])?;
+    let patches = patches(&config, &bundle, &wishes)?;
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let size = vm::size(&bundle, &config, cpus, &wishes)?;
 
@@ -165,12 +177,12 @@ pub async fn create_next(
     request: Create,
 ) -> Result<Created, TaskError> {
     let bundle = Bundle::load(&request.bundle)?;
-    // The VM is as it is: they must be in order, and change nothing any more.
-    pod.host.policy().read(bundle.annotations())?;
+    // The VM is as it is: they must be in order, and change no more than this container's root.
+    let wishes = pod.host.policy().read(bundle.annotations())?;
     let translation = spec::translate(&bundle.spec, &id, shared)?;
     log_dropped(&id, &translation.dropped);
     let rootfs = plan::plan(&request.rootfs)?;
-    let patches = Patches::read(pod.host.config().patches.as_deref(), None, &[])?;
+    let patches = patches(pod.host.config(), &bundle, &wishes)?;
     let (host, volumes) = (pod.host.clone(), translation.volumes.clone());
     let name = id.to_string();
     let pid = pod.vm.pid();
