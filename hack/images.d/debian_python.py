@@ -1,17 +1,20 @@
-"""The image nacelle.test/debian-python: debian_python.py OUTPUT BASE.tar PYTHON.tar
+"""The image nacelle.test/debian-python: debian_python.py OUTPUT BASE.tar PYTHON.tar PACKAGE.deb
 
 PYTHON.tar is a Debian tree that holds BASE.tar's and Python. Layers:
 
     1  base      BASE.tar
     2  python    what PYTHON.tar has beyond it
     3  removals  whiteouts of a file and of a directory, and an opaque directory with one new file in it
-    4  app       /app/hello.py, which says what it sees, and /app/kinds: one of every kind of file (gzip)
+    4  app       /app/hello.py, which says what it sees, /app/kinds: one of every kind of file, and /app/packages: a package for
+                 dpkg and one for pip (gzip)
 """
 
 import hashlib
+import io
 import os
 import sys
 import tarfile
+import zipfile
 
 import oci
 
@@ -66,11 +69,31 @@ def removals_layer():
     return layer
 
 
-def app_layer():
+def wheel():
+    """A package as pip takes it: one module, and what `WHEEL`, `METADATA` and `RECORD` have to say."""
+    out = io.BytesIO()
+    info = "greeting-1.0.dist-info"
+    files = {
+        "greeting.py": "WORDS = 'hello from a wheel'\n",
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: greeting\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: nacelle\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": f"greeting.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n",
+    }
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(zipfile.ZipInfo(name), text)
+    return out.getvalue()
+
+
+def app_layer(package):
     layer = oci.Layer(compress=True)
     layer.add("app")
     with open(HELLO, "rb") as hello:
         layer.add("app/hello.py", hello.read(), mode=0o755)
+    layer.add("app/packages")
+    with open(package, "rb") as deb:
+        layer.add("app/packages/hello.deb", deb.read())
+    layer.add("app/packages/greeting-1.0-py3-none-any.whl", wheel())
     kinds = "app/kinds"
     layer.add(kinds)
     layer.add(f"{kinds}/sticky", mode=0o1777)
@@ -88,14 +111,14 @@ def app_layer():
     return layer
 
 
-def main(output, base, python):
+def main(output, base, python, package):
     with tarfile.open(base) as lower, tarfile.open(python) as upper:
         base_entries, python_entries = entries(lower), entries(upper)
         layers = [
             base_layer(lower, base_entries),
             tree_layer(upper, python_entries, base_entries),
             removals_layer(),
-            app_layer(),
+            app_layer(package),
         ]
     oci.archive(
         output,

@@ -1,10 +1,12 @@
 //! Root file systems and what is mounted into them.
 
-use std::{fs, os::unix::fs::MetadataExt};
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use nacelle_tests::{
-    command::patience,
-    node::{BUSYBOX, Node},
+    command::{Cmd, patience},
+    grpc::Message,
+    node::{BUSYBOX, Mount, Node},
 };
 use serde_json::json;
 
@@ -21,6 +23,10 @@ pub const CASES: &[Case] = &[
     Case::new("a_hundred_layers", a_hundred_layers),
     Case::new("a_distribution", a_distribution),
     Case::new("file_system_semantics", file_system_semantics),
+    Case::new("a_full_upper_harms_nobody_else", a_full_upper_harms_nobody_else),
+    Case::new("patches_by_configuration_and_annotation", patches_by_configuration_and_annotation),
+    Case::new("packages_are_installed", packages_are_installed),
+    Case::new("images_that_the_snapshotter_made", images_that_the_snapshotter_made),
 ];
 
 fn writes_stay_in_the_container(node: &Node) {
@@ -138,4 +144,95 @@ fn file_system_semantics(node: &Node) {
                   mv /var /var2; test -d /var2 && echo renamed; stat -c %h moved";
     let run = node.run(&["--rm"], BUSYBOX, &["sh", "-c", script]).ok();
     assert_eq!(run.text(), "600\n0\n0\nrenamed\n2");
+}
+
+fn a_full_upper_harms_nobody_else(node: &Node) {
+    if !node.is_nacelle() {
+        return; // a container of runc's writes to the node's own disk
+    }
+    let other = node.resident();
+    let configured = node.configure("rootfs.upper_mib = 64");
+    let script = "df -m / | awk 'END {print ($2 <= 64)}'; dd if=/dev/zero of=/filler bs=1M 2>&1 | grep -o 'No space left'; \
+                  echo x >/one-more; sync; rm /filler; echo fits >/file && cat /file";
+    let run = node.run(&["--rm"], BUSYBOX, &["sh", "-c", script]).within(patience() * 2).ok();
+    drop(configured);
+    assert_eq!(run.text(), "1\nNo space left\nfits", "{run}");
+    assert_eq!(other.sh("echo fine >/file && cat /file"), "fine");
+}
+
+fn patches_by_configuration_and_annotation(node: &Node) {
+    if !node.is_nacelle() {
+        return;
+    }
+    let (list, source) = (node.path("patches.json"), node.path("patch-source"));
+    fs::write(&source, "copied\n").expect("write a file");
+    let patches = json!([
+        { "kind": "text", "path": "/etc/motd", "content": "node\n" },
+        { "kind": "copy-file", "src": source, "dst": "/copy" },
+        { "kind": "remove", "path": "/home" },
+    ]);
+    fs::write(&list, patches.to_string()).expect("write the list");
+    let configured = node.configure(&format!("rootfs.patches = {list:?}"));
+    let annotation = |patches: serde_json::Value| format!("io.nacelle.patches={patches}");
+    let good = annotation(json!([{ "kind": "append", "path": "/etc/motd", "content": "pod\n" }]));
+    let script = "cat /etc/motd /copy; test ! -e /home && echo removed; echo more >>/etc/motd && tail -n 1 /etc/motd";
+    let run = node.run(&["--rm", "--annotation", &good], BUSYBOX, &["sh", "-c", script]).ok();
+    assert_eq!(run.text(), "node\npod\ncopied\nremoved\nmore", "{run}");
+    // A pod's author may not copy what the node's owner may.
+    let bad = annotation(json!([{ "kind": "copy-file", "src": source, "dst": "/stolen" }]));
+    let run = node.run(&["--rm", "--annotation", &bad], BUSYBOX, &["true"]).run();
+    run.expect_failure(&["apply patch 0 to /stolen", "patch-source"]);
+    drop(configured);
+    assert_eq!(node.run(&["--rm"], BUSYBOX, &["sh", "-c", "test -d /home && echo there"]).ok().text(), "there");
+}
+
+fn packages_are_installed(node: &Node) {
+    // Package managers do what file systems are asked for seldom: rename over what is there, link, sync, lock.
+    let image = node.image("debian-python");
+    let script = "set -e; mkdir -p /var/lib/dpkg/info /var/lib/dpkg/updates; : >/var/lib/dpkg/status; \
+                  dpkg --force-depends --force-not-root -i /app/packages/hello.deb >/dev/null 2>&1; hello; \
+                  dpkg -s hello | grep ^Status; \
+                  python3 /usr/share/python-wheels/pip-*.whl/pip install --quiet --no-index --break-system-packages \
+                  --root-user-action=ignore /app/packages/greeting-1.0-py3-none-any.whl; \
+                  python3 -c 'import greeting; print(greeting.WORDS)'";
+    let run = node.run(&["--rm"], &image, &["sh", "-c", script]).within(patience() * 6).ok();
+    assert_eq!(run.text(), "Hello, world!\nStatus: install ok installed\nhello from a wheel", "{run}");
+}
+
+/// The mounts of containerd's erofs snapshotter, from 2.2 on, reach the shim as they are.
+fn images_that_the_snapshotter_made(node: &Node) {
+    if !node.is_nacelle() {
+        return; // runc leaves such mounts to containerd
+    }
+    let c = node.created(&[], BUSYBOX, &["sleep", "1000"]);
+    let [mount] = &c.mounts()[..] else { panic!("one mount") };
+    let option = |name: &str| {
+        let value = mount.options.iter().find_map(|option| option.strip_prefix(name)?.strip_prefix('='));
+        value.unwrap_or_else(|| panic!("{name} in {mount:?}")).to_owned()
+    };
+    let top = node.path("erofs-top");
+    fs::create_dir_all(&top).expect("make a directory");
+    fs::write(top.join("over"), "from the upper image\n").expect("write a file");
+    let nacelle = node.shim_program().with_file_name("nacelle");
+    let image = |name: &str, source: &str| {
+        let image = node.path(name).display().to_string();
+        Cmd::new(&nacelle).args(["layer", "build", source, "-o", &image]).ok();
+        fs::set_permissions(&image, fs::Permissions::from_mode(0o644)).expect("let others read the image");
+        Mount { kind: "erofs".into(), source: image, options: vec!["ro".into(), "loop".into()] }
+    };
+    let options = [
+        format!("workdir={}", option("workdir")),
+        format!("upperdir={}", option("upperdir")),
+        "lowerdir={{ overlay 0 1 }}".to_owned(),
+    ];
+    let root = Mount { kind: "format/mkdir/overlay".into(), source: "overlay".into(), options: options.into() };
+    let top = image("top.erofs", top.to_str().expect("text"));
+    c.create_task(&[top, image("base.erofs", &option("lowerdir")), root]).expect("create a task of images");
+    let start = Message::default().bytes(1, c.id());
+    node.call("/containerd.services.tasks.v1.Tasks/Start", start, patience()).expect("start the task");
+    assert_eq!(
+        c.sh("cat /over; echo new >/over && cat /over; grep -c ^root /etc/passwd"),
+        "from the upper image\nnew\n1"
+    );
+    c.remove();
 }

@@ -21,9 +21,10 @@ NACELLE = arguments.nacelle
 
 
 def make_inputs():
-    """12,000 small files, four large ones; half of every file compresses, half does not. The same on each run."""
+    """12,000 small files, four large ones, 100,000 tiny ones; half of every file compresses, half does not. The same on each run."""
     dice = random.Random(12)
-    for tree, count, sizes in [("small", 12_000, (0, 16 << 10)), ("large", 4, (96 << 20, 128 << 20))]:
+    trees = [("small", 12_000, (0, 16 << 10)), ("large", 4, (96 << 20, 128 << 20)), ("many", 100_000, (0, 4 << 10))]
+    for tree, count, sizes in trees:
         for number in range(count):
             folder = f"{tree}/{number % 97}/{number % 7}"
             os.makedirs(folder, exist_ok=True)
@@ -31,6 +32,8 @@ def make_inputs():
             with open(f"{folder}/file-{number}", "wb") as file:
                 file.write(dice.randbytes(size // 2) + b"some text, again and again\n" * (size // 54))
         subprocess.run(["tar", "--sort=name", "-C", tree, "-cf", f"{tree}.tar", "."], check=True)
+        if tree == "many":
+            continue
         with open(f"{tree}.tar.gz", "wb") as out:
             subprocess.run(["pigz", "-c", f"{tree}.tar"], stdout=out, check=True)
         subprocess.run(["zstd", "-q", "-k", f"{tree}.tar"], check=True)
@@ -53,9 +56,6 @@ def run_once(command, discard):
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode != 0:
         raise SystemExit(f"{command}: exit code {child.returncode}")
-    if os.path.isfile("out"):
-        with open("out", "rb+") as out:
-            os.fsync(out.fileno())
     wall = time.monotonic() - start
     if discard:
         shutil.rmtree("out") if os.path.isdir("out") else os.path.exists("out") and os.remove("out")
@@ -63,10 +63,12 @@ def run_once(command, discard):
 
 
 def contest(title, competitors):
-    """Rounds in which each competitor runs once."""
+    """Rounds in which each competitor runs once; who makes thousands of files, only in two of them."""
     results = {name: [] for name, _ in competitors}
     for turn in range(arguments.repeat + 1):
         for name, command in competitors:
+            if turn > 1 and name in SLOW:
+                continue
             result = run_once("exec " + command, True)
             if turn > 0:
                 results[name].append(result)
@@ -91,30 +93,43 @@ if os.wait()[1] != 0:
 check("small")
 reads_tar = "--tar" in subprocess.run(["mkfs.erofs", "--help"], capture_output=True, text=True).stderr
 build = f"{NACELLE} layer build"
+SLOW = {"cp -a", "tar -x"}
+# What writes one file has it synced within its time and its processor time, as nacelle does.
+synced = "sh -c '{} && exec sync out'"
 for tree in ["small", "large"]:
     size = os.path.getsize(f"{tree}.tar") >> 20
     contest(f"{tree}: a directory of {size} MiB", [
         ("nacelle layer build", f"{build} {tree} -o out"),
-        ("mkfs.erofs", f"mkfs.erofs --quiet out {tree}"),
+        ("mkfs.erofs", synced.format(f"mkfs.erofs --quiet out {tree}")),
         ("cp -a", f"cp -a {tree} out"),
     ])
     tar = [
-        ("cat", f"cat {tree}.tar > out"),
+        ("cat", synced.format(f"cat {tree}.tar > out")),
         ("nacelle layer build --tar", f"{build} --tar {tree}.tar -o out"),
+        ("the same, --diff-id", f"{build} --tar {tree}.tar -o out --diff-id"),
         ("tar -x", f"sh -c 'mkdir out && exec tar -C out -xf {tree}.tar'"),
         ("sha256sum", f"sha256sum {tree}.tar"),
     ]
     if reads_tar:
-        tar.append(("mkfs.erofs --tar=f", f"mkfs.erofs --quiet --tar=f --sort=none -Enoinline_data out {tree}.tar"))
-    contest(f"{tree}: a tar archive of {size} MiB, diffID included for nacelle", tar)
+        mkfs = f"mkfs.erofs --quiet --tar=f --sort=none -Enoinline_data out {tree}.tar"
+        tar.append(("mkfs.erofs --tar=f", synced.format(mkfs)))
+    contest(f"{tree}: a tar archive of {size} MiB", tar)
     contest(f"{tree}: the same, gzip", [
         ("pigz -dc", f"pigz -dc {tree}.tar.gz"),
         ("nacelle layer build --tar", f"{build} --tar {tree}.tar.gz -o out"),
+        ("the same, --diff-id", f"{build} --tar {tree}.tar.gz -o out --diff-id"),
     ])
     contest(f"{tree}: the same, zstd", [
         ("zstd -dc", f"zstd -qdc {tree}.tar.zst"),
+        ("sha256sum", f"sha256sum {tree}.tar"),
         ("nacelle layer build --tar", f"{build} --tar {tree}.tar.zst -o out"),
+        ("the same, --diff-id", f"{build} --tar {tree}.tar.zst -o out --diff-id"),
     ])
+contest("100,000 tiny files: what it takes of memory", [
+    ("mkfs.erofs", synced.format("mkfs.erofs --quiet out many")),
+    ("nacelle layer build", f"{build} many -o out"),
+    ("nacelle layer build --tar", f"{build} --tar many.tar -o out"),
+])
 contest("an upper disk of 10 GiB", [
     ("mkfs.ext4", "sh -c 'truncate -s 10G out && exec mkfs.ext4 -q -F out'"),
     ("nacelle upper create", f"{NACELLE} upper --data-dir . create --size 10G out"),

@@ -11,7 +11,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nacelle_protocol::agent::{CONTAINERS_DIR, Container as Config, Mirror, Rootfs};
+use nacelle_protocol::agent::{CONTAINERS_DIR, Container as Config, Lower, Mirror, Rootfs};
 use nacelle_protocol::features;
 use nacelle_protocol::ids::ContainerId;
 use tokio::sync::oneshot;
@@ -36,7 +36,7 @@ pub fn directory(id: &str) -> PathBuf {
 
 /// Something done that has to be undone if a later step fails.
 enum Undo {
-    Rootfs(Vec<String>),
+    Rootfs(Vec<Lower>),
     Mirrors(Vec<String>),
     Cgroup(Cgroup),
 }

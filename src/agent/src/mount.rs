@@ -20,7 +20,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use nacelle_protocol::agent::{CONTAINERS_DIR, LAYERS_DIR, UPPER_DIR};
+use nacelle_protocol::agent::{CONTAINERS_DIR, LAYERS_DIR, Lower, UPPER_DIR};
 use rustix::fs::CWD;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
@@ -92,37 +92,33 @@ struct Table {
 }
 
 impl Lowers {
-    fn acquire(&self, name: &str) -> Result<PathBuf, MountError> {
-        if name.is_empty() || name.contains(['/', '\0']) || matches!(name, "." | "..") {
-            return Err(MountError::Name(name.chars().take(80).collect()));
-        }
+    fn acquire(&self, lower: &Lower) -> Result<PathBuf, MountError> {
+        let file = share_file(&lower.name)?;
+        let devices = lower.devices.iter().map(|name| share_file(name)).collect::<Result<Vec<_>, _>>()?;
         let mut table = self.lock();
-        if let Some((target, users)) = table.mounted.get_mut(name) {
+        if let Some((target, users)) = table.mounted.get_mut(&lower.name) {
             *users += 1;
             return Ok(target.clone());
         }
         let target = Path::new(LOWERS_DIR).join(table.next.to_string());
         table.next += 1;
         fs::create_dir_all(&target).map_err(io_error("create", &target))?;
-        let file = Path::new(LAYERS_DIR).join(name);
-        // No loop device: EROFS reads the file itself (Linux 6.12).
-        let flags = MountFlags::RDONLY | MountFlags::NOATIME;
-        if let Err(error) = mount(&file, &target, "erofs", flags, None) {
+        if let Err(source) = mount_image(&file, &devices, &target) {
             // Nothing is in it, and nobody has heard of it.
             let _ = fs::remove_dir(&target);
-            return Err(MountError::Mount { what: file.display().to_string(), target, source: error.into() });
+            return Err(MountError::Mount { what: file.display().to_string(), target, source });
         }
-        table.mounted.insert(name.to_owned(), (target.clone(), 1));
+        table.mounted.insert(lower.name.clone(), (target.clone(), 1));
         Ok(target)
     }
 
-    fn release(&self, name: &str) {
+    fn release(&self, lower: &Lower) {
         let mut table = self.lock();
-        let Some((target, users)) = table.mounted.get_mut(name) else { return };
+        let Some((target, users)) = table.mounted.get_mut(&lower.name) else { return };
         *users -= 1;
         if *users == 0 {
             let target = target.clone();
-            table.mounted.remove(name);
+            table.mounted.remove(&lower.name);
             detach(&target);
         }
     }
@@ -132,25 +128,51 @@ impl Lowers {
     }
 }
 
+/// The file of the layers share that has this name.
+fn share_file(name: &str) -> Result<PathBuf, MountError> {
+    if name.is_empty() || name.contains(['/', '\0']) || matches!(name, "." | "..") {
+        return Err(MountError::Name(name.chars().take(80).collect()));
+    }
+    Ok(Path::new(LAYERS_DIR).join(name))
+}
+
+/// Mounts an image. No loop device: EROFS reads the files itself (Linux 6.12).
+fn mount_image(file: &Path, devices: &[PathBuf], target: &Path) -> io::Result<()> {
+    if devices.is_empty() {
+        return Ok(mount(file, target, "erofs", MountFlags::RDONLY | MountFlags::NOATIME, None)?);
+    }
+    // Their names may fill more than the page that mount(2) has for options.
+    let context = fsopen("erofs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(&context, "source", file)?;
+    fsconfig_set_flag(&context, "ro")?;
+    for device in devices {
+        fsconfig_set_string(&context, "device", device)?;
+    }
+    fsconfig_create(&context)?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOATIME;
+    let mounted = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    Ok(move_mount(&mounted, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
+}
+
 /// Where the root file system of container `id` is mounted.
 pub fn rootfs_path(id: &str) -> PathBuf {
     Path::new(CONTAINERS_DIR).join(id).join("rootfs")
 }
 
-/// Mounts the root file system of container `id`; `names` are its lowers, bottom first, `limit` is that of its upper.
+/// Mounts the root file system of container `id` over `images`, bottom first; `limit` is that of its upper.
 ///
 /// # Errors
 /// [`MountError`]; nothing stays mounted.
-pub fn mount_rootfs(lowers: &Lowers, id: &str, names: &[String], limit: Option<&Limit>) -> Result<(), MountError> {
-    if names.is_empty() || names.len() > MAX_LOWERS {
-        return Err(MountError::Count(names.len()));
+pub fn mount_rootfs(lowers: &Lowers, id: &str, images: &[Lower], limit: Option<&Limit>) -> Result<(), MountError> {
+    if images.is_empty() || images.len() > MAX_LOWERS {
+        return Err(MountError::Count(images.len()));
     }
-    let mut targets = Vec::with_capacity(names.len());
-    let mounted = names.iter().try_for_each(|name| lowers.acquire(name).map(|target| targets.push(target)));
+    let mut targets = Vec::with_capacity(images.len());
+    let mounted = images.iter().try_for_each(|image| lowers.acquire(image).map(|target| targets.push(target)));
     let limited = || limit.map_or(Ok(()), |limit| limit_upper(id, limit));
     let mounted = mounted.and_then(|()| limited()).and_then(|()| overlay(id, &targets));
     if mounted.is_err() {
-        names.iter().take(targets.len()).for_each(|name| lowers.release(name));
+        images.iter().take(targets.len()).for_each(|image| lowers.release(image));
         // It may not exist yet.
         let _ = fs::remove_dir(rootfs_path(id));
         remove_upper(id);
@@ -165,9 +187,9 @@ fn limit_upper(id: &str, limit: &Limit) -> Result<(), MountError> {
 }
 
 /// Undoes [`mount_rootfs`]; the upper is gone with it. What cannot be undone is said on the console.
-pub fn unmount_rootfs(lowers: &Lowers, id: &str, names: &[String]) {
+pub fn unmount_rootfs(lowers: &Lowers, id: &str, images: &[Lower]) {
     detach(&rootfs_path(id));
-    names.iter().for_each(|name| lowers.release(name));
+    images.iter().for_each(|image| lowers.release(image));
     remove_upper(id);
 }
 
@@ -297,11 +319,14 @@ mod tests {
     #[test]
     fn lowers_are_file_names() {
         let lowers = Lowers::default();
+        let lower = |name: &str| Lower { name: name.to_owned(), devices: Vec::new() };
         for bad in ["", ".", "..", "../x", "a/b", "a\0"] {
-            assert!(matches!(lowers.acquire(bad), Err(MountError::Name(_))), "{bad:?}");
+            assert!(matches!(lowers.acquire(&lower(bad)), Err(MountError::Name(_))), "{bad:?}");
+            let device = Lower { devices: vec!["good".to_owned(), bad.to_owned()], ..lower("good") };
+            assert!(matches!(lowers.acquire(&device), Err(MountError::Name(_))), "{bad:?}");
         }
         assert!(matches!(mount_rootfs(&lowers, "x", &[], None), Err(MountError::Count(0))));
-        assert!(matches!(mount_rootfs(&lowers, "x", &vec![String::new(); 501], None), Err(MountError::Count(501))));
+        assert!(matches!(mount_rootfs(&lowers, "x", &vec![lower(""); 501], None), Err(MountError::Count(501))));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
+use nacelle_protocol::agent::Lower;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
@@ -89,7 +90,7 @@ pub struct Container {
     /// Its cgroup.
     pub cgroup: Cgroup,
     /// Its lowers, bottom first.
-    pub lowers: Vec<String>,
+    pub lowers: Vec<Lower>,
     /// Its volumes that are copies.
     pub mirrors: Vec<String>,
     /// What execs take from it.

@@ -1,6 +1,7 @@
 //! `nacelle layer`: the layer cache of this node, and layer images wherever they are.
 
 use std::{
+    fs::File,
     io,
     path::{Path, PathBuf},
     time::SystemTime,
@@ -8,7 +9,8 @@ use std::{
 
 use anyhow::Context;
 use clap::Subcommand;
-use nacelle_rootfs::{Cache, Limits};
+use nacelle_rootfs::tar::DiffId;
+use nacelle_rootfs::{Cache, Limits, Outcome};
 use serde_json::json;
 
 use crate::{build, image, units};
@@ -34,6 +36,14 @@ pub enum Command {
         #[arg(long, value_parser = units::parse_bytes)]
         max: u64,
     },
+    /// Put a tar archive's image into the cache, under the archive's diffID
+    Import {
+        /// The archive, plain or compressed with gzip or zstd
+        archive: PathBuf,
+        /// The digest of its plain bytes (sha256:…); an archive with another is refused
+        #[arg(long, value_name = "DIGEST", value_parser = |text: &str| text.parse::<DiffId>())]
+        diff_id: DiffId,
+    },
     /// Make an EROFS image of a directory or a tar archive
     Build(build::Arguments),
     /// Show what an image, or a file in it, is
@@ -51,6 +61,7 @@ pub fn run(command: Command, data_dir: &Path, out: &mut impl io::Write) -> anyho
         Command::Show(arguments) => image::show(&arguments, out).map(|()| true),
         Command::Cat(arguments) => image::cat(&arguments, out).map(|()| true),
         Command::Tree(arguments) => image::tree(&arguments, out).map(|()| true),
+        Command::Import { archive, diff_id } => import(&open(data_dir)?, &archive, diff_id, out),
         Command::Ls { json } => list(&open(data_dir)?, json, out),
         Command::Verify { json } => verify(&open(data_dir)?, json, out),
         Command::Gc { max } => collect(&open(data_dir)?, max, out),
@@ -62,6 +73,14 @@ fn open(data_dir: &Path) -> anyhow::Result<Cache> {
         anyhow::bail!("open layer cache: {} is not a directory", data_dir.display());
     }
     Cache::open(data_dir, Limits::default()).context("open layer cache")
+}
+
+fn import(cache: &Cache, archive: &Path, diff_id: DiffId, out: &mut impl io::Write) -> anyhow::Result<bool> {
+    let layer = cache.acquire_archive(diff_id, || File::open(archive));
+    let layer = layer.with_context(|| format!("import {}", archive.display()))?;
+    let done = if layer.outcome == Outcome::Hit { "in the cache already" } else { "converted" };
+    writeln!(out, "{}: {}, {done}", layer.path.display(), units::bytes(layer.size))?;
+    Ok(true)
 }
 
 fn collect(cache: &Cache, max: u64, out: &mut impl io::Write) -> anyhow::Result<bool> {
@@ -132,6 +151,23 @@ mod tests {
         let mut out = Vec::new();
         assert!(run(Command::Ls { json: false }, dir.path(), &mut out).unwrap());
         assert!(String::from_utf8(out).unwrap().contains("0 layers, 0 B"));
+    }
+
+    #[test]
+    fn archives_are_imported_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let archive = dir.path().join("archive");
+        std::fs::write(&archive, [0; 1024]).unwrap();
+        let import = |diff_id: &str| {
+            let mut out = Vec::new();
+            let command = Command::Import { archive: archive.clone(), diff_id: diff_id.parse().unwrap() };
+            run(command, dir.path(), &mut out).map(|_| String::from_utf8(out).unwrap())
+        };
+        let error = format!("{:#}", import(&format!("sha256:{}", "0".repeat(64))).unwrap_err());
+        assert!(error.contains("verify archive: diffID is sha256:5f70bf18"), "{error}");
+        let right = "sha256:5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef";
+        assert!(import(right).unwrap().ends_with("converted\n"));
+        assert!(import(right).unwrap().ends_with("in the cache already\n"));
     }
 
     #[test]

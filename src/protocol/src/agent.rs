@@ -82,9 +82,20 @@ pub struct Mirror {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rootfs {
-    /// File names below [`LAYERS_DIR`], bottom first; at least one.
-    pub lowers: Vec<String>,
+    /// The lowers, bottom first; at least one.
+    pub lowers: Vec<Lower>,
     /// Most bytes that the upper may take on the pod's disk; `None`: as many as there are.
     #[serde(default)]
     pub upper_bytes: Option<u64>,
+}
+
+/// An EROFS image in [`LAYERS_DIR`].
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Lower {
+    /// Its file name.
+    pub name: String,
+    /// File names of the images that hold file data of it, in the order of its device table.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<String>,
 }

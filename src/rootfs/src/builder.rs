@@ -1,6 +1,6 @@
 //! Trees that are not put together directory by directory but name by name, in any order.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use crate::tree::{Entry, Inode, InodeId, Node, Tree};
 
@@ -8,15 +8,15 @@ use crate::tree::{Entry, Inode, InodeId, Node, Tree};
 #[derive(Debug)]
 pub struct Builder {
     inodes: Vec<Inode>,
-    /// Entries of the directories, by their inode.
-    names: HashMap<InodeId, BTreeMap<Box<[u8]>, InodeId>>,
+    /// Entries of the directories; `None` for what is none.
+    names: Vec<Option<BTreeMap<Box<[u8]>, InodeId>>>,
 }
 
 impl Builder {
     /// A tree that has a root directory only, with the metadata of `root`.
     pub fn new(root: Inode) -> Builder {
         let root = Inode { node: Node::Directory(Vec::new()), ..root };
-        Builder { inodes: vec![root], names: HashMap::from([(Tree::ROOT, BTreeMap::new())]) }
+        Builder { inodes: vec![root], names: vec![Some(BTreeMap::new())] }
     }
 
     /// An inode, whose directory entries are not in it yet.
@@ -31,12 +31,12 @@ impl Builder {
 
     /// True for a directory.
     pub fn is_directory(&self, id: InodeId) -> bool {
-        self.names.contains_key(&id)
+        self.names[id].is_some()
     }
 
     /// Finds a name in a directory; `None` also when `directory` is none.
     pub fn child(&self, directory: InodeId, name: &[u8]) -> Option<InodeId> {
-        self.names.get(&directory)?.get(name).copied()
+        self.names[directory].as_ref()?.get(name).copied()
     }
 
     /// Finds a path of names below the root, without following links.
@@ -47,9 +47,7 @@ impl Builder {
     /// Puts a new inode in a directory; what has the name there, with all that is below it, is gone. Directories come empty.
     pub fn insert(&mut self, directory: InodeId, name: &[u8], inode: Inode) -> InodeId {
         let id = self.inodes.len();
-        if let Node::Directory(_) = inode.node {
-            self.names.insert(id, BTreeMap::new());
-        }
+        self.names.push(matches!(inode.node, Node::Directory(_)).then(BTreeMap::new));
         self.inodes.push(inode);
         self.link(directory, name, id);
         id
@@ -57,34 +55,36 @@ impl Builder {
 
     /// Gives an inode that is no directory one more name.
     pub fn link(&mut self, directory: InodeId, name: &[u8], id: InodeId) {
-        if let Some(names) = self.names.get_mut(&directory) {
+        if let Some(names) = &mut self.names[directory] {
             names.insert(name.into(), id);
         }
     }
 
     /// Takes a name away, with all that is below it; false when there is none.
     pub fn remove(&mut self, directory: InodeId, name: &[u8]) -> bool {
-        self.names.get_mut(&directory).is_some_and(|names| names.remove(name).is_some())
+        self.names[directory].as_mut().is_some_and(|names| names.remove(name).is_some())
     }
 
     /// The tree of what can be reached from the root.
     pub fn finish(mut self) -> Tree {
         let mut inodes = Vec::with_capacity(self.inodes.len());
-        let mut moved = HashMap::from([(Tree::ROOT, Tree::ROOT)]);
-        let mut pending = vec![Tree::ROOT];
+        let mut moved = vec![None; self.inodes.len()];
+        moved[Tree::ROOT] = Some(Tree::ROOT);
+        let mut pending = vec![(Tree::ROOT, Tree::ROOT)];
         inodes.push(self.take(Tree::ROOT));
-        while let Some(old) = pending.pop() {
-            let names = self.names.remove(&old).unwrap_or_default();
+        while let Some((old, new)) = pending.pop() {
+            let names = self.names[old].take().unwrap_or_default();
             let mut entries = Vec::with_capacity(names.len());
             for (name, child) in names {
-                let inode = *moved.entry(child).or_insert_with(|| {
+                let inode = moved[child].unwrap_or(inodes.len());
+                if moved[child].is_none() {
+                    moved[child] = Some(inode);
                     inodes.push(self.take(child));
-                    pending.push(child);
-                    inodes.len() - 1
-                });
+                    pending.push((child, inode));
+                }
                 entries.push(Entry { name, inode });
             }
-            if let Node::Directory(place) = &mut inodes[moved[&old]].node {
+            if let Node::Directory(place) = &mut inodes[new].node {
                 *place = entries;
             }
         }

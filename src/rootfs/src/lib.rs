@@ -5,6 +5,8 @@
 //!                                   │ miss: layer::scan ─► Tree ─► erofs::writer
 //!                                   └ hit: a few system calls
 //!
+//!  images, bottom first ──merge::merge──► Tree of names ──► erofs::writer ──► one image, with the others as its devices
+//!
 //!  tar archive ──tar::convert──► Tree, and the file data straight into the image ──► erofs::stream
 //!
 //!  patches ──patch::build──► Tree over a stack of images ──► erofs::writer ──► one more lower, on top
@@ -20,6 +22,7 @@ pub mod cache;
 pub mod erofs;
 pub mod layer;
 mod lock;
+pub mod merge;
 pub mod patch;
 pub mod path;
 pub mod plan;
@@ -71,7 +74,7 @@ impl Default for Limits {
             file: 1 << 40,
             header: 1 << 20,
             pieces: 16 << 10,
-            small_files: 64 << 20,
+            small_files: 20 << 20,
             patches: 1024,
             append: 64 << 20,
         }

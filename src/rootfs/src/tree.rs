@@ -87,6 +87,13 @@ pub enum Data {
     },
     /// In a file that is held open.
     Open(Arc<OwnedFd>),
+    /// In another image, which is a device of this one: block numbers of the common address space.
+    Elsewhere {
+        /// First block, unless there are chunks.
+        block: u32,
+        /// `log2` of the chunk size, and where each chunk starts (`None`: a hole).
+        chunks: Option<(u8, Vec<Option<u32>>)>,
+    },
     /// In the image already, put there by [`crate::erofs::stream::Stream::store`].
     Stored {
         /// Block where it starts.
@@ -100,7 +107,7 @@ impl Data {
     /// Byte ranges with data when the file is sparse.
     pub fn extents(&self) -> Option<&[Range<u64>]> {
         match self {
-            Data::Bytes(_) | Data::Open(_) => None,
+            Data::Bytes(_) | Data::Open(_) | Data::Elsewhere { .. } => None,
             Data::At { extents, .. } | Data::Stored { extents, .. } => extents.as_deref(),
         }
     }

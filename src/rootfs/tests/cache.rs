@@ -4,13 +4,16 @@
 mod common;
 
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use common::{assert_same, assert_sound, dir, mount_erofs, run, survey, tmpfs, workshop};
+use nacelle_rootfs::patch::{Sources, decode};
 use nacelle_rootfs::plan::plan;
+use nacelle_rootfs::tar::DiffId;
 use nacelle_rootfs::{Cache, CacheError, Layer, Limits, Lower, Mount, Outcome, RootfsPlan};
+use sha2::{Digest, Sha256};
 
 /// A cache, a scratch directory and some snapshots in one temporary directory.
 struct Shop {
@@ -257,9 +260,133 @@ fn ready_images() {
     shop.cache.link_into(&layers[0], &shop.path("scratch"), "ready").unwrap();
     fs::write(&image, "no image").unwrap();
     for (path, message) in [("layer.erofs", "not an erofs"), ("s", "not a regular file"), ("missing", "find lower")] {
-        let error = shop.acquire(&[Lower::Image(shop.path(path))]).unwrap_err().to_string();
+        let error = shop.acquire(&[Lower::Image(shop.path(path), Vec::new())]).unwrap_err().to_string();
         assert!(error.contains(message) && error.contains(path), "{error}");
     }
+    fs::set_permissions(&image, fs::Permissions::from_mode(0o640)).unwrap();
+    let error = shop.acquire(&[Lower::Image(image, Vec::new())]).unwrap_err().to_string();
+    assert!(error.contains("not readable for others"), "{error}");
+}
+
+/// A merged image comes with exactly the images that hold its data.
+#[test]
+fn ready_images_of_several_devices() {
+    let shop = Shop::new();
+    let [one, two] = ["one", "two"].map(|name| {
+        let image = shop.path(&format!("{name}.erofs"));
+        run("erofs-utils", "mkfs.erofs", &[&image, &shop.snapshot(name)]);
+        image
+    });
+    let merged = shop.path("merged.erofs");
+    let mut bytes = fs::read(&one).unwrap();
+    bytes[1024 + 86..1024 + 88].copy_from_slice(&2u16.to_le_bytes()); // extra_devices
+    fs::write(&merged, bytes).unwrap();
+    let layers = shop.acquire(&[Lower::Image(merged.clone(), vec![one.clone(), two.clone()])]).unwrap();
+    let devices: Vec<_> = layers[0].devices.iter().map(|device| device.path.clone()).collect();
+    assert_eq!(devices, [one.clone(), two]);
+    for devices in [vec![], vec![one]] {
+        let error = shop.acquire(&[Lower::Image(merged.clone(), devices.clone())]).unwrap_err().to_string();
+        assert!(error.contains(&format!("needs 2 further devices, not {}", devices.len())), "{error}");
+    }
+}
+
+/// Layers that a snapshotter has mounted from images (containerd 2.1) are those images.
+#[test]
+fn mounted_images() {
+    let shop = Shop::new();
+    let image = shop.path("layer.erofs");
+    run("erofs-utils", "mkfs.erofs", &[&image, &shop.snapshot("s")]);
+    let fs = mount_erofs(&image, &shop.path("fs"));
+    let layers = shop.acquire(&[Lower::Snapshot(fs.clone())]).unwrap();
+    assert_eq!((outcomes(&layers), &layers[0].path), (vec![Outcome::Ready], &image));
+    // Only the whole of it.
+    let plain = shop.acquire(&[Lower::Snapshot(shop.path("s"))]).unwrap();
+    assert_eq!(outcomes(&plain), [Outcome::Built]);
+}
+
+/// A disk for the writable layer is left out until something may be in it.
+#[test]
+fn an_upper_disk_that_is_not_made() {
+    let shop = Shop::new();
+    let lowers = [Lower::Snapshot(shop.snapshot("a")), Lower::UpperDisk(shop.path("rwlayer.img"))];
+    assert_eq!(shop.acquire(&lowers).unwrap().len(), 1);
+    fs::write(shop.path("rwlayer.img"), "").unwrap();
+    assert_eq!(shop.acquire(&lowers).unwrap().len(), 1);
+    fs::write(shop.path("rwlayer.img"), "ext4").unwrap();
+    let error = shop.acquire(&lowers).unwrap_err().to_string();
+    assert!(error.contains("rwlayer.img") && error.contains("cannot be taken over"), "{error}");
+}
+
+/// A2: patches are one more lower, for this container alone.
+#[test]
+fn patches_are_a_lower_on_top() {
+    let shop = Shop::new();
+    let layers = shop.acquire(&[Lower::Snapshot(shop.snapshot("a"))]).unwrap();
+    let patch = |json: &str| {
+        let list = decode(json.as_bytes(), &Limits::default()).unwrap();
+        shop.cache.patch(&layers, &list, &Sources::default(), &shop.path("scratch/patches"))
+    };
+    assert!(patch("[]").unwrap().is_none());
+    let error = patch(r#"[{"kind":"append","path":"/missing","content":"x"}]"#).unwrap_err();
+    assert!(matches!(error, CacheError::Patch(_)), "{error}");
+    assert!(shop.files("scratch").is_empty());
+    let patched = patch(r#"[{"kind":"append","path":"/a","content":" and more"}]"#).unwrap().unwrap();
+    assert_eq!(fs::metadata(&patched.path).unwrap().mode() & 0o7777, 0o444);
+    let mounted = mount_erofs(&patched.path, &shop.path("mounted"));
+    assert_eq!(fs::read_to_string(mounted.join("a")).unwrap(), "a and more");
+    shop.cache.link_into(&patched, &shop.path("scratch"), "linked").unwrap();
+}
+
+/// C4: many layers become the devices of one image, which is found again, and is collected and repaired like any other.
+#[test]
+fn layers_are_merged_once() {
+    let shop = Shop::new();
+    let snapshots = ["a", "b", "c"].map(|name| Lower::Snapshot(shop.snapshot(name)));
+    let upper = Lower::Upper(shop.snapshot("upper"));
+    let lowers = [&snapshots[..], &[upper]].concat();
+    let merged = |outcome| {
+        let layers = shop.cache.merge(shop.acquire(&lowers).unwrap()).unwrap();
+        assert_eq!(outcomes(&layers), [outcome, Outcome::Ephemeral]);
+        assert_eq!(layers[0].devices.len(), 3);
+        layers.into_iter().next().unwrap()
+    };
+    let first = merged(Outcome::Built);
+    assert_eq!(merged(Outcome::Hit).key, first.key);
+    assert!(shop.cache.verify().unwrap().iter().all(|verdict| verdict.problem.is_none()));
+    let image = first.path.clone();
+    drop(first);
+    // A damaged one is made again, and never handed out.
+    let mut bytes = fs::read(&image).unwrap();
+    bytes[1024 + 40] ^= 1;
+    fs::remove_file(&image).unwrap();
+    fs::write(&image, bytes).unwrap();
+    drop(merged(Outcome::Rebuilt));
+    assert_eq!(shop.cache.gc(0).unwrap().removed.len(), 4);
+    // Alone it stays as it is.
+    let one = shop.cache.merge(shop.acquire(&lowers[..1]).unwrap()).unwrap();
+    assert_eq!((one.len(), one[0].devices.len()), (1, 0));
+}
+
+/// C4: an archive is converted once, and only when it is the one that was named.
+#[test]
+fn archives() {
+    let shop = Shop::new();
+    let archive = shop.path("layer.tar");
+    run(
+        "tar",
+        "tar",
+        &[&"--create", &"--format=posix", &"--directory", &shop.snapshot("a"), &"--file", &archive, &"."],
+    );
+    let bytes = fs::read(&archive).unwrap();
+    let diff_id = DiffId(Sha256::digest(&bytes).into());
+    let error = shop.cache.acquire_archive(DiffId([7; 32]), || Ok(bytes.as_slice())).unwrap_err();
+    assert!(matches!(error, CacheError::Archive { .. }), "{error}");
+    assert!(shop.files(STORE).iter().all(|name| name.ends_with(".lock")), "{:?}", shop.files(STORE));
+    let layer = shop.cache.acquire_archive(diff_id, || Ok(bytes.as_slice())).unwrap();
+    assert_eq!(layer.outcome, Outcome::Built);
+    assert_same(&survey(&shop.path("a")), &survey(&mount_erofs(&layer.path, &shop.path("mounted"))));
+    let again = shop.cache.acquire_archive(diff_id, || -> std::io::Result<&[u8]> { panic!("not needed") }).unwrap();
+    assert_eq!((again.outcome, again.key), (Outcome::Hit, layer.key.clone()));
 }
 
 #[test]

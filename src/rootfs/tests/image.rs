@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{PermissionsExt, chown, lchown, symlink};
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use common::{assert_faithful, convert, dir, run, tmpfs, workshop};
@@ -294,19 +294,42 @@ fn images_are_reproducible() {
     assert!(bytes[0] == bytes[1] && bytes[1] == bytes[2]);
 }
 
+/// Copies the files of installed packages, whose names `pick` (a sed script) takes out of lines `Essential Package`.
+fn packages(workshop: &Path, pick: &str) -> PathBuf {
+    let tree = dir(workshop.join("tree"));
+    // Some packages still name their files by the links that /bin and /lib are today.
+    let copy = r#"dpkg-query -Wf '${Essential} ${binary:Package}\n' | sed -nE "$3" | xargs dpkg -L |
+            sed -nE 's,^/(bin|sbin|lib[0-9x]*)/,/usr/\1/,; \,^/(etc|usr|var|bin|sbin|lib[0-9x]*)(/|$),p' | sort -u >"$1"
+        tar --create --no-recursion --xattrs --xattrs-include='*' --files-from="$1" --ignore-failed-read |
+            tar --extract --xattrs --xattrs-include='*' --same-owner --directory="$2""#;
+    run("dpkg and tar", "sh", &[&"-ec", &copy, &"sh", &workshop.join("list"), &tree, &pick]);
+    tree
+}
+
 /// The essential packages of Debian, as they are installed here: what the lowest layer of most images is.
 #[test]
 fn a_debian_base() {
     let workshop = workshop();
-    let tree = dir(workshop.path().join("tree"));
-    let list = workshop.path().join("list");
-    // Some packages still name their files by the links that /bin and /lib are today.
-    let copy = r#"dpkg-query -Wf '${Essential} ${binary:Package}\n' | sed -n 's/^yes //p' | xargs dpkg -L |
-            sed -nE 's,^/(bin|sbin|lib[0-9x]*)/,/usr/\1/,; \,^/(etc|usr|var|bin|sbin|lib[0-9x]*)(/|$),p' | sort -u >"$1"
-        tar --create --no-recursion --xattrs --xattrs-include='*' --files-from="$1" --ignore-failed-read |
-            tar --extract --xattrs --xattrs-include='*' --same-owner --directory="$2""#;
-    run("dpkg and tar", "sh", &[&"-ec", &copy, &"sh", &list, &tree]);
+    let tree = packages(workshop.path(), "s/^yes //p");
     assert!(tree.join("bin").is_symlink() && tree.join("usr/bin/dpkg").is_file(), "a Debian machine has these");
+    assert_faithful(workshop.path(), &tree);
+}
+
+/// Python with everything of it that is installed: thousands of small files, and their compiled siblings.
+#[test]
+fn a_python_tree() {
+    let workshop = workshop();
+    let tree = packages(workshop.path(), "s/^no ((lib)?python3.*)/\\1/p");
+    assert!(tree.join("usr/bin/python3").is_symlink(), "package python3");
+    assert_faithful(workshop.path(), &tree);
+}
+
+/// Node.js with what its packages bring: deep directories, a program of a hundred megabytes.
+#[test]
+fn a_node_tree() {
+    let workshop = workshop();
+    let tree = packages(workshop.path(), "s/^no ((lib)?node.*)/\\1/p");
+    assert!(fs::metadata(tree.join("usr/bin/node")).is_ok_and(|node| node.is_file()), "package nodejs");
     assert_faithful(workshop.path(), &tree);
 }
 

@@ -1,9 +1,10 @@
 //! The cache among processes: several start together, and one is killed in the middle (C4). A program of its own, without the
 //! test harness, because it runs itself as the other processes.
 //!
-//! `processes acquire ROOT SNAPSHOT` prints the outcome; without arguments it runs the tests.
+//! `processes acquire ROOT SNAPSHOT` prints the outcome, `processes gc ROOT` empties the store; without arguments it runs the tests.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop there")]
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
@@ -17,9 +18,11 @@ fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["acquire", root, snapshot] => println!("{}", acquire(root.as_ref(), snapshot.as_ref())),
+        ["gc", root] => drop(Cache::open(root.as_ref(), Limits::default()).unwrap().gc(0).unwrap()),
         _ => {
             together_they_convert_once();
             killed_builders_leave_nothing();
+            killed_at_each_step();
         }
     }
 }
@@ -89,6 +92,81 @@ fn killed_builders_leave_nothing() {
     }
     assert!(interrupted > 0, "no builder was struck while it wrote");
     println!("killed_builders_leave_nothing ... ok ({interrupted} of 20 were writing)");
+}
+
+/// System calls by which something in the store changes, and some that do not.
+const CALLS: [&str; 14] = [
+    "openat",
+    "mkdir",
+    "mkdirat",
+    "flock",
+    "unlink",
+    "unlinkat",
+    "fallocate",
+    "write",
+    "fchmod",
+    "fsync",
+    "rename",
+    "renameat",
+    "utimensat",
+    "close",
+];
+
+/// Runs this program with these arguments, and kills it before it makes a system call for the `time`th time; false when it does
+/// not make it so often.
+fn killed_at(call: &str, time: usize, args: &[&dyn AsRef<OsStr>]) -> bool {
+    let mut command = Command::new("strace");
+    command.args(["-f", "-qq", "-o", "/dev/null", "-e"]).arg(format!("trace=?{call}"));
+    command.arg("-e").arg(format!("inject=?{call}:signal=KILL:when={time}"));
+    command.arg(std::env::current_exe().unwrap()).args(args.iter().map(AsRef::as_ref));
+    let status = command.stdout(Stdio::null()).status().expect("run strace (package strace)");
+    match status.code() {
+        Some(0) => false,
+        None | Some(137) => true,
+        Some(code) => panic!("{call}, time {time}: exit code {code}"),
+    }
+}
+
+/// kill -9 before each system call of a conversion and of a collection: whatever was done by then, the next process finds a
+/// sound image or makes one, and nothing else stays.
+fn killed_at_each_step() {
+    let temp = tempfile::tempdir().unwrap();
+    let (root, layer) = (temp.path().join("root"), temp.path().join("snapshot"));
+    snapshot(&layer, 1);
+    let whole_again = |step: &str| {
+        let said = acquire(&root, &layer);
+        let path = said.split_once(' ').unwrap().1;
+        nacelle_rootfs::erofs::reader::Image::open(&File::open(path).unwrap()).unwrap().check().unwrap();
+        let cache = Cache::open(&root, Limits::default()).unwrap();
+        assert!(cache.verify().unwrap().iter().all(|v| v.problem.is_none()), "{step}");
+        let entries = fs::read_dir(root.join("layers/erofs-v1")).unwrap();
+        let mut kinds: Vec<_> = entries.map(|e| e.unwrap().path().extension().unwrap().to_owned()).collect();
+        kinds.sort();
+        assert_eq!(kinds, ["erofs", "json", "lock"], "{step}");
+    };
+    let (mut built, mut collected) = (0, 0);
+    for call in CALLS {
+        let acquire: [&dyn AsRef<OsStr>; 3] = [&"acquire", &root, &layer];
+        let _ = fs::remove_dir_all(&root);
+        for time in 1.. {
+            if !killed_at(call, time, &acquire) {
+                break;
+            }
+            built += 1;
+            whole_again(&format!("conversion: {call}, time {time}"));
+            fs::remove_dir_all(&root).unwrap();
+        }
+        let gc: [&dyn AsRef<OsStr>; 2] = [&"gc", &root];
+        for time in 1.. {
+            if !killed_at(call, time, &gc) {
+                break;
+            }
+            collected += 1;
+            whole_again(&format!("collection: {call}, time {time}"));
+        }
+    }
+    assert!(built > 30 && collected > 15, "{built} steps of a conversion, {collected} of a collection");
+    println!("killed_at_each_step ... ok ({built} of a conversion, {collected} of a collection)");
 }
 
 fn has_temporary(root: &Path) -> bool {

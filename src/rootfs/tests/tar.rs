@@ -12,13 +12,13 @@ use std::path::{Path, PathBuf};
 use common::{Dice, assert_same, assert_sound, dir, mount_erofs, mount_overlay, run, survey, workshop};
 use nacelle_rootfs::Limits;
 use nacelle_rootfs::erofs::reader::Image;
-use nacelle_rootfs::tar::{Converted, DiffId, TarError, convert};
+use nacelle_rootfs::tar::{self, Converted, DiffId, Hashing, TarError, convert};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use rustix::fs::XattrFlags;
 use sha2::{Digest, Sha256};
 
 fn convert_file(archive: &Path, image: &Path) -> Result<Converted, TarError> {
-    convert(File::open(archive).unwrap(), &File::create(image).unwrap(), &Limits::default(), None)
+    convert(File::open(archive).unwrap(), &File::create(image).unwrap(), &Limits::default(), Hashing::Skip)
 }
 
 /// Packs `tree` with GNU tar and these options, converts the archive, and compares what the kernel shows of it.
@@ -33,10 +33,13 @@ fn assert_round_trip(workshop: &Path, tree: &Path, options: &[&str]) {
     let converted = convert_file(&archive, &image).unwrap_or_else(|e| panic!("{options:?}: {e:?}"));
     let bytes = fs::read(&image).unwrap();
     assert_eq!(converted.written.size, bytes.len() as u64);
-    assert_eq!(converted.written.checksum, crc32c::crc32c(&bytes), "the checksum of parts written out of order");
+    assert_eq!(converted.written.checksum, Some(crc32c::crc32c(&bytes)), "the checksum of parts written out of order");
     assert_sound(&image);
     convert_file(&archive, &workshop.join("again")).unwrap();
     assert!(bytes == fs::read(workshop.join("again")).unwrap(), "the same archive gives the same bytes");
+    let again = File::create(workshop.join("again")).unwrap();
+    tar::convert_file(&File::open(&archive).unwrap(), &again, &Limits::default(), Hashing::Skip).unwrap();
+    assert!(bytes == fs::read(workshop.join("again")).unwrap(), "whoever copies");
     assert_same(&survey(tree), &survey(&mount_erofs(&image, &workshop.join(format!("{name}.d")))));
 }
 
@@ -159,7 +162,8 @@ fn memory_for_small_files_is_bounded() {
     let (archive, image) = (workshop.path().join("archive"), workshop.path().join("image"));
     run("tar", "tar", &[&"--create", &"--directory", &tree, &"--file", &archive, &"."]);
     let limits = Limits { small_files: 10_500, ..Limits::default() };
-    let converted = convert(File::open(&archive).unwrap(), &File::create(&image).unwrap(), &limits, None).unwrap();
+    let converted =
+        convert(File::open(&archive).unwrap(), &File::create(&image).unwrap(), &limits, Hashing::Skip).unwrap();
     assert!(converted.written.size > 90 * 4096);
     assert_sound(&image);
     assert_same(&survey(&tree), &survey(&mount_erofs(&image, &workshop.path().join("mounted"))));
@@ -185,33 +189,49 @@ fn compressed_archives_and_their_digest() {
     let mut images = Vec::new();
     for (index, bytes) in [plain.clone(), gzip(&plain), several, frames].iter().enumerate() {
         let image = path(&format!("{index}.erofs"));
-        let converted = convert(bytes.as_slice(), &File::create(&image).unwrap(), &Limits::default(), Some(diff_id));
-        assert_eq!(converted.unwrap().diff_id, diff_id);
+        for (hashing, found) in
+            [(Hashing::Skip, None), (Hashing::Compute, Some(diff_id)), (Hashing::Expect(diff_id), Some(diff_id))]
+        {
+            let file = File::create(&image).unwrap();
+            assert_eq!(convert(bytes.as_slice(), &file, &Limits::default(), hashing).unwrap().diff_id, found);
+        }
         images.push(fs::read(&image).unwrap());
     }
     assert!(images.windows(2).all(|pair| pair[0] == pair[1]), "how an archive is packed does not matter");
     assert_eq!(diff_id.to_string().parse(), Ok(diff_id));
+    let (archive, file) = (File::open(path("plain.tar")).unwrap(), File::create(path("copied")).unwrap());
+    let copied = tar::convert_file(&archive, &file, &Limits::default(), Hashing::Skip).unwrap();
+    assert!(copied.written.checksum.is_none(), "the kernel copied the large file");
+    assert!(images[0] == fs::read(path("copied")).unwrap(), "and it does not matter who does");
+    let hashed = tar::convert_file(&archive, &file, &Limits::default(), Hashing::Expect(diff_id)).unwrap();
+    assert!(hashed.written.checksum.is_some(), "what is hashed passes through here");
 
-    let refused = |bytes: &[u8], expected| {
+    let refused = |bytes: &[u8], hashing| {
         let file = tempfile::tempfile().unwrap();
-        convert(bytes, &file, &Limits::default(), expected).unwrap_err()
+        convert(bytes, &file, &Limits::default(), hashing).unwrap_err()
     };
     let other = DiffId([7; 32]);
     assert!(
-        matches!(refused(&plain, Some(other)), TarError::DiffId { expected, found } if expected == other && found == diff_id)
+        matches!(refused(&plain, Hashing::Expect(other)), TarError::DiffId { expected, found } if expected == other && found == diff_id)
     );
     // What follows the end mark counts as well.
     let longer = [plain.clone(), vec![0; 512]].concat();
-    assert!(matches!(refused(&longer, Some(diff_id)), TarError::DiffId { .. }));
+    assert!(matches!(refused(&longer, Hashing::Expect(diff_id)), TarError::DiffId { .. }));
     let packed = gzip(&plain);
-    assert!(matches!(refused(&packed[..packed.len() - 9], None), TarError::Malformed { .. } | TarError::Read(_)));
+    assert!(matches!(
+        refused(&packed[..packed.len() - 9], Hashing::Skip),
+        TarError::Malformed { .. } | TarError::Read(_)
+    ));
     let mut damaged = packed.clone();
     damaged[packed.len() / 2] ^= 0x55;
-    assert!(matches!(refused(&damaged, None), TarError::Malformed { .. } | TarError::Read(_)));
+    assert!(matches!(refused(&damaged, Hashing::Skip), TarError::Malformed { .. } | TarError::Read(_)));
     let mut bad_sum = packed;
     let at = bad_sum.len() - 6;
     bad_sum[at] ^= 1;
-    assert!(matches!(refused(&bad_sum, None), TarError::Malformed { .. } | TarError::Read(_)), "gzip's own checksum");
+    assert!(
+        matches!(refused(&bad_sum, Hashing::Skip), TarError::Malformed { .. } | TarError::Read(_)),
+        "gzip's own checksum"
+    );
 }
 
 /// An archive written by hand, entry by entry.
@@ -257,7 +277,7 @@ impl Archive {
 
     fn convert_with(mut self, limits: &Limits, image: &Path) -> Result<Converted, TarError> {
         self.0.extend([0; 1024]);
-        convert(self.0.as_slice(), &File::create(image).unwrap(), limits, None)
+        convert(self.0.as_slice(), &File::create(image).unwrap(), limits, Hashing::Skip)
     }
 
     fn refused(self) -> String {
@@ -447,7 +467,7 @@ fn damaged_archives_never_panic() {
             bytes.truncate(dice.roll(bytes.len()));
         }
         repair_checksums(&mut bytes);
-        if convert(bytes.as_slice(), &File::create(&image).unwrap(), &limits, None).is_ok() {
+        if convert(bytes.as_slice(), &File::create(&image).unwrap(), &limits, Hashing::Compute).is_ok() {
             accepted += 1;
             let file = File::open(&image).unwrap();
             Image::open(&file).unwrap().check().unwrap();

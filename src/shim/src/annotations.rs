@@ -6,6 +6,7 @@
 //! | `io.nacelle.memory_mib`    | MiB, 128 and more   | the VM's RAM                       | what the pod's limit allows      |
 //! | `io.nacelle.upper_mib`     | MiB, 64 and more    | size of the writable disk          | `rootfs.upper_mib`               |
 //! | `io.nacelle.container_mib` | MiB, 1 and more     | most that one container may write  | `rootfs.container_mib`           |
+//! | `io.nacelle.patches`       | JSON list           | files of the container's root      | copies: `annotations.host_paths` |
 //! | `io.nacelle.kernel`        | path of an ELF file | the guest kernel                   | below `annotations.host_paths`   |
 //!
 //! Whoever writes them may create pods and is trusted with nothing else. An annotation that is not in the list, or not
@@ -30,13 +31,15 @@ pub const MEMORY_MIB: &str = "io.nacelle.memory_mib";
 pub const UPPER_MIB: &str = "io.nacelle.upper_mib";
 /// Most that the container may write on the writable disk, MiB.
 pub const CONTAINER_MIB: &str = "io.nacelle.container_mib";
+/// Changes to the container's root, see [`crate::patches`].
+pub const PATCHES: &str = "io.nacelle.patches";
 /// The guest kernel, a path on the host.
 pub const KERNEL: &str = "io.nacelle.kernel";
 
 /// The closed list.
-pub const KNOWN: [&str; 5] = [VCPUS, MEMORY_MIB, UPPER_MIB, CONTAINER_MIB, KERNEL];
+pub const KNOWN: [&str; 6] = [VCPUS, MEMORY_MIB, UPPER_MIB, CONTAINER_MIB, PATCHES, KERNEL];
 /// What a pod may say where the configuration does not say otherwise: nothing that names the host's files.
-pub const ALLOWED: [&str; 4] = [VCPUS, MEMORY_MIB, UPPER_MIB, CONTAINER_MIB];
+pub const ALLOWED: [&str; 5] = [VCPUS, MEMORY_MIB, UPPER_MIB, CONTAINER_MIB, PATCHES];
 
 /// Most bytes of nacelle's annotations of one container, names and values together.
 const MAX_TOTAL: usize = 256 << 10;
@@ -91,6 +94,8 @@ pub struct Wishes {
     pub upper_mib: Option<u64>,
     /// Most that the container may write, MiB.
     pub container_mib: Option<u64>,
+    /// A list of patches, not decoded.
+    pub patches: Option<String>,
     /// The guest kernel, with every link followed.
     pub kernel: Option<PathBuf>,
 }
@@ -128,6 +133,7 @@ impl Policy {
                 CONTAINER_MIB => {
                     wishes.container_mib = Some(number(name, value, 1, 1 << 24, "a number from 1 to 16777216")?);
                 }
+                PATCHES => wishes.patches = Some(value.clone()),
                 _ => wishes.kernel = Some(self.host_path(name, value)?),
             }
         }
@@ -188,7 +194,7 @@ mod tests {
             memory_mib: Some(1024),
             upper_mib: Some(64),
             container_mib: Some(1),
-            kernel: None,
+            ..Wishes::default()
         };
         assert_eq!(read(&sizes), Ok(wishes));
         let text = read(&[("io.nacelle.vcpu", "4")]).expect_err("misspelt").to_string();

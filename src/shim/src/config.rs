@@ -138,11 +138,12 @@ struct RootfsTable {
     dir: PathBuf,
     upper_mib: u64,
     container_mib: u64,
+    patches: Option<PathBuf>,
 }
 
 impl Default for RootfsTable {
     fn default() -> Self {
-        Self { dir: "/var/lib/nacelle".into(), upper_mib: 10 * 1024, container_mib: 0 }
+        Self { dir: "/var/lib/nacelle".into(), upper_mib: 10 * 1024, container_mib: 0, patches: None }
     }
 }
 
@@ -242,6 +243,8 @@ pub struct Config {
     pub upper_mib: u64,
     /// Most that one container may write of it; MiB, 0 for all.
     pub container_mib: u64,
+    /// A list of patches for the root of every container.
+    pub patches: Option<PathBuf>,
     /// First id of the first pod.
     pub uid_base: u32,
     /// RLIMIT_NOFILE of a VMM.
@@ -338,6 +341,7 @@ fn parse(text: &str, origin: &str) -> Result<Config, ConfigError> {
         data_dir: rootfs.dir,
         upper_mib: rootfs.upper_mib,
         container_mib: rootfs.container_mib,
+        patches: rootfs.patches,
         uid_base: jail.uid_base,
         max_files: jail.max_files,
         idmap: jail.idmap,
@@ -365,6 +369,9 @@ impl Config {
             check(clean, "vm.kernel_args", word, "one printable word each, without quotes")?;
         }
         check(self.data_dir.is_absolute(), "rootfs.dir", &self.data_dir.display(), "an absolute path")?;
+        if let Some(file) = &self.patches {
+            check(file.is_absolute(), "rootfs.patches", &file.display(), "an absolute path")?;
+        }
         check((64..=1 << 24).contains(&self.upper_mib), "rootfs.upper_mib", &self.upper_mib, "64 to 16777216")?;
         let fits = self.container_mib <= self.upper_mib;
         check(fits, "rootfs.container_mib", &self.container_mib, "at most rootfs.upper_mib")?;
@@ -468,7 +475,8 @@ mod tests {
             })
             .collect();
         let config = parse(&spelled, "spelled out").expect("parse");
-        assert_eq!(Config { kernel: None, host_network_kernel: None, vmm: None, agent: None, ..config }, defaults);
+        let config = Config { kernel: None, host_network_kernel: None, vmm: None, agent: None, ..config };
+        assert_eq!(Config { patches: None, ..config }, defaults);
     }
 
     #[test]
@@ -484,6 +492,7 @@ mod tests {
         assert!(err("[rootfs]\ndir = \"x\"\n").contains("absolute"));
         assert!(err("[annotations]\nallow = [\"io.nacelle.jail\"]\n").contains("no such annotation"));
         assert!(err("[annotations]\nhost_paths = [\"kernels\"]\n").contains("absolute"));
+        assert!(err("[rootfs]\npatches = \"x\"\n").contains("absolute"));
         assert!(!err("[vm]\nmemory = 5\n").contains('\n'), "one line for containerd's log");
     }
 

@@ -1,5 +1,7 @@
 //! The `-info` action: what this runtime can do, for containerd's CRI and for people. It touches nothing.
 
+use std::collections::HashMap;
+
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
@@ -7,6 +9,10 @@ use serde_json::json;
 
 /// Type of the features, as containerd's typeurl has it.
 const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
+
+/// Kinds of mounts that containerd's mount manager leaves to the shim (`core/runtime/v2/task_manager.go`): images go into the
+/// VM as they are, and what is made for them on the host is not needed there.
+const ALLOW_MOUNTS: &str = "containerd.io/runtime-allow-mounts";
 
 /// Describes the runtime; `options` are the runtime options that came on stdin.
 ///
@@ -22,6 +28,7 @@ pub fn runtime_info(options: &[u8]) -> protobuf::Result<Vec<u8>> {
         version: MessageField::some(version),
         options: options.into(),
         features: MessageField::some(features),
+        annotations: HashMap::from([(ALLOW_MOUNTS.to_owned(), "erofs,format/*,mkdir/*,mkfs/*".to_owned())]),
         ..Default::default()
     }
     .write_to_bytes()
@@ -58,6 +65,7 @@ mod tests {
     fn describes_itself_and_keeps_the_options() {
         let info = RuntimeInfo::parse_from_bytes(&runtime_info(b"").expect("info")).expect("decode");
         assert_eq!(info.name, "io.containerd.nacelle.v2");
+        assert!(info.annotations[ALLOW_MOUNTS].split(',').any(|kind| kind == "erofs"));
         let features: serde_json::Value = serde_json::from_slice(&info.features.value).expect("json");
         assert_eq!(features["linux"]["mountExtensions"]["idmap"]["enabled"], false);
         let options = Any { type_url: "x".into(), ..Any::default() };

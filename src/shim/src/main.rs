@@ -30,6 +30,7 @@ mod hooks;
 mod info;
 mod mirror;
 mod network;
+mod patches;
 mod perform;
 mod pod;
 mod pod_config;

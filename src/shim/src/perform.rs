@@ -8,16 +8,19 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nacelle_protocol::agent::{Container, Rootfs};
+use nacelle_protocol::agent::{Container, Lower, Rootfs};
 use nacelle_protocol::ids::ContainerId;
 use nacelle_rootfs::plan::{self, Mount};
 use oci_spec::runtime::{Hooks, LinuxResources, Process};
 use tokio::sync::mpsc;
 
+use crate::annotations::{PATCHES, Wishes};
 use crate::bundle::{Bundle, Role};
+use crate::config::Config;
 use crate::guest::GuestEvent;
 use crate::hooks;
 use crate::network;
+use crate::patches::{Patches, PatchesError};
 use crate::pod::{Env, Host, Pod, PodError, blocking, link_layers};
 use crate::sandbox::{KILLED, ProcessKey, Refusal};
 use crate::spec::{self, Translation, Volume};
@@ -91,6 +94,16 @@ fn log_dropped(id: &ContainerId, dropped: &[String]) {
     }
 }
 
+/// The changes to a container's root that the node and the pod want. A pause container has no root that anybody would
+/// change, and its image not the files that patches are for.
+fn patches(config: &Config, bundle: &Bundle, wishes: &Wishes) -> Result<Patches, PatchesError> {
+    if bundle.role == Role::Sandbox {
+        return Ok(Patches::default());
+    }
+    let annotation = wishes.patches.as_deref().map(|json| (PATCHES, json));
+    Patches::read(config.patches.as_deref(), annotation, &config.annotations.host_paths)
+}
+
 /// Boots the pod with its first container in it.
 ///
 /// # Errors
@@ -120,6 +133,7 @@ pub async fn create_first(
     let (translation, rootfs) = inside.unzip();
     translation.iter().for_each(|translation| log_dropped(&id, &translation.dropped));
     let volumes = translation.as_ref().map(|translation| translation.volumes.clone()).unwrap_or_default();
+    let patches = patches(&config, &bundle, &wishes)?;
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let size = vm::size(&bundle, &config, cpus, &wishes)?;
 
@@ -130,7 +144,7 @@ pub async fn create_first(
     let dirs = host.dirs.clone();
     let (name, record) = (id.to_string(), host.record.clone());
     let convert = move || match rootfs {
-        Some(rootfs) => link_layers(&data_dir, &dirs, &name, &rootfs, &record),
+        Some(rootfs) => link_layers(&data_dir, &dirs, &name, &rootfs, &patches, &record),
         None => Ok(Vec::new()),
     };
     let layers = tokio::spawn(blocking("convert layers", convert));
@@ -193,11 +207,12 @@ pub async fn create_next(env: Arc<Env>, pod: Arc<Pod>, id: ContainerId, request:
     if bundle.role == Role::Sandbox {
         return Err(exists());
     }
-    // The VM is as it is: they must be in order, and change nothing any more.
-    pod.host.policy().read(bundle.annotations())?;
+    // The VM is as it is: they must be in order, and change no more than this container's root.
+    let wishes = pod.host.policy().read(bundle.annotations())?;
     let translation = spec::translate(&bundle.spec, &id, Some(&env.sandbox))?;
     log_dropped(&id, &translation.dropped);
     let rootfs = plan::plan(&request.rootfs)?;
+    let patches = patches(pod.host.config(), &bundle, &wishes)?;
     let (host, mut volumes) = (pod.host.clone(), translation.volumes.clone());
     let name = id.to_string();
     let pid = pod.vm.pid();
@@ -205,7 +220,7 @@ pub async fn create_next(env: Arc<Env>, pod: Arc<Pod>, id: ContainerId, request:
         volumes.iter_mut().for_each(|volume| volume.or_pods_own(&host.dirs.etc()));
         let degraded = volumes::bind_later(&host.vmm, pid, &host.dirs.volumes(), &volumes, host.idmap())?;
         host.record.set(|status| status.degraded.extend(degraded));
-        link_layers(host.data_dir(), &host.dirs, &name, &rootfs, &host.record)
+        link_layers(host.data_dir(), &host.dirs, &name, &rootfs, &patches, &host.record)
     });
     let layers = layers.await;
     let local = Local::new(&bundle, &request.rootfs, &translation.volumes);
@@ -230,7 +245,7 @@ async fn finish(
     id: ContainerId,
     mut local: Local,
     translation: Option<Translation>,
-    layers: Result<Vec<String>, PodError>,
+    layers: Result<Vec<Lower>, PodError>,
     wanted: Wanted,
 ) -> Result<Created, TaskError> {
     let pid = pod.vm.pid();

@@ -21,12 +21,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use nacelle_protocol::agent::Lower;
 use nacelle_protocol::features;
 use nacelle_protocol::ids::SandboxId;
 use nacelle_protocol::vm::{AGENT_NAME, MOUNT_POINTS, Network, Nics};
 use nacelle_rootfs::cache::{Cache, CacheError};
 use nacelle_rootfs::plan::RootfsPlan;
-use nacelle_rootfs::{Limits, program, upper};
+use nacelle_rootfs::{Layer, Limits, program, upper};
 use oci_spec::runtime::Hooks;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use thiserror::Error;
@@ -45,6 +46,7 @@ use crate::hooks::{self, HookError};
 use crate::mirror::Mirrors;
 use crate::network::forward::{self, Doors};
 use crate::network::{self, Attached, Netns, NetworkError, Owner};
+use crate::patches::Patches;
 use crate::spec::Volume;
 use crate::state::{Dirs, Process, State, StateError, UidSlot};
 use crate::status::Record;
@@ -174,7 +176,7 @@ fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PodErr
     move |source| PodError::Io { what, path: path.to_owned(), source }
 }
 
-/// Brings a root file system's lowers into the pod's share; returns their names, bottom first.
+/// Brings a root file system's lowers into the pod's share; returns what the guest has to know of them, bottom first.
 ///
 /// # Errors
 /// [`PodError`].
@@ -183,28 +185,35 @@ pub fn link_layers(
     dirs: &Dirs,
     container: &str,
     plan: &RootfsPlan,
+    patches: &Patches,
     record: &Record,
-) -> Result<Vec<String>, PodError> {
+) -> Result<Vec<Lower>, PodError> {
     let begin = Instant::now();
     let cache = Cache::open(data_dir, Limits::default())?;
     let scratch = dirs.scratch(container);
     std::fs::create_dir_all(&scratch).map_err(io_error("create", &scratch))?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let layers = cache.acquire_all(plan, &scratch, threads)?;
+    let mut layers = cache.acquire_all(plan, &scratch, threads)?;
+    patches.build(&cache, &mut layers, &scratch)?;
+    record.layers(container, &layers);
+    let layers = cache.merge(layers)?;
     let share = dirs.layers();
-    let mut names = Vec::with_capacity(layers.len());
-    for layer in &layers {
+    let link = |layer: &Layer| {
         let name = format!("{}.erofs", layer.key);
         if !share.join(&name).exists() {
             cache.link_into(layer, &share, &name)?;
         }
-        names.push(name);
-    }
-    record.layers(container, &layers);
+        Ok::<_, CacheError>(name)
+    };
+    let lower = |layer: &Layer| {
+        let devices = layer.devices.iter().map(link).collect::<Result<_, _>>()?;
+        Ok::<_, CacheError>(Lower { name: link(layer)?, devices })
+    };
+    let lowers = layers.iter().map(lower).collect::<Result<_, _>>()?;
     record.phase("layers", begin);
     // Their images are linked; only containers' own conversions were in there.
     std::fs::remove_dir_all(&scratch).map_err(io_error("remove", &scratch))?;
-    Ok(names)
+    Ok(lowers)
 }
 
 /// What a pod has on the host. All of its methods block.
@@ -273,6 +282,12 @@ impl Host {
     }
 
     /// Where the node's layers are.
+    /// The node's configuration, as it was when the pod started.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Where layers and disks live.
     pub fn data_dir(&self) -> &Path {
         &self.config.data_dir
     }

@@ -14,6 +14,7 @@ use containerd_shim_protos::shim_async::{Task, create_task};
 use containerd_shim_protos::types::empty::Empty;
 use containerd_shim_protos::types::task::{ProcessInfo, Status};
 use nacelle_protocol::ids::{ContainerId, ExecId};
+use nacelle_rootfs::cache::CacheError;
 use nacelle_rootfs::plan::Mount;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
@@ -72,6 +73,9 @@ pub fn code_of(error: &TaskError) -> Code {
         | TaskError::Annotation(_)
         | TaskError::Spec(_)
         | TaskError::Plan(_)
+        | TaskError::Patches(_)
+        // A patch that cannot be applied is the request's fault as well.
+        | TaskError::Pod(PodError::Layers(CacheError::Patch(_)))
         | TaskError::Stdio(_)
         | TaskError::Config(_)
         | TaskError::Decode { .. } => Code::INVALID_ARGUMENT,

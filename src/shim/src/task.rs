@@ -12,6 +12,7 @@ use crate::bundle::BundleError;
 use crate::config::{ConfigError, Origin};
 use crate::guest::GuestError;
 use crate::hooks::HookError;
+use crate::patches::PatchesError;
 use crate::pod::PodError;
 use crate::sandbox::{Exit, Phase, ProcessKey, Refusal};
 use crate::spec::SpecError;
@@ -135,6 +136,9 @@ pub enum TaskError {
     /// The root file system is of an unknown kind.
     #[error(transparent)]
     Plan(#[from] PlanError),
+    /// A list of patches is not in order.
+    #[error(transparent)]
+    Patches(#[from] PatchesError),
     /// The configuration is not in order.
     #[error(transparent)]
     Config(#[from] ConfigError),

@@ -222,6 +222,7 @@ impl Host {
 
     /// Creates a container of the base lower. The streams' names come from `streams`: stdin, stdout, stderr.
     pub async fn create(&self, id: &str, spec: Value, lowers: &[&str], io: Names) -> ttrpc::Result<u32> {
+        let lowers: Vec<_> = lowers.iter().map(|name| json!({"name": name})).collect();
         let container = json!({"spec": spec, "rootfs": {"lowers": lowers}, "pod_pids": false, "mirrors": []});
         let options = Any {
             type_url: CONTAINER_TYPE.into(),

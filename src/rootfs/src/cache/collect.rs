@@ -16,7 +16,7 @@ use crate::lock::{self, Lock};
 pub struct Cached {
     /// Its key.
     pub key: String,
-    /// Directory that it was made from; `None` when the sidecar cannot be read.
+    /// Directory or archive that it was made from; `None` when the sidecar cannot be read.
     pub source: Option<String>,
     /// Bytes.
     pub size: u64,

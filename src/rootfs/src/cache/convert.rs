@@ -1,9 +1,9 @@
 //! Images that are not found but made, or were made by others.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use rustix::fs::FallocateFlags;
@@ -14,6 +14,7 @@ use super::{Cache, CacheError, Layer, Outcome, failed};
 use crate::erofs::format::{SUPER_OFFSET, SUPER_SIZE, SuperBlock};
 use crate::erofs::writer::{Plan, WriteError, Written};
 use crate::layer;
+use crate::tar::{self, DiffId, Hashing, TarError};
 use crate::tree::Tree;
 
 impl Cache {
@@ -23,7 +24,8 @@ impl Cache {
         let temporary = Temporary(Some(image));
         let (file, written, opaque) = self.convert(dir, image)?;
         let key = key_of(image).map_err(failed("read back image", image))?;
-        let file = reopen(file, image)?;
+        drop(file);
+        let file = reopen(image)?;
         temporary.keep();
         Ok(Layer {
             path: image.into(),
@@ -31,6 +33,7 @@ impl Cache {
             size: written.size,
             outcome: Outcome::Ephemeral,
             took: start.elapsed(),
+            devices: Vec::new(),
             file,
             opaque,
         })
@@ -41,12 +44,7 @@ impl Cache {
         let converting = |source| CacheError::Convert { layer: dir.into(), source };
         let tree = layer::scan(dir, &self.limits)?;
         let plan = Plan::new(&tree).map_err(converting)?;
-        match fs::remove_file(to) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed("remove", to)(e)),
-            _ => {}
-        }
-        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(to);
-        let file = file.map_err(failed("create image", to))?;
+        let file = create(to)?;
         // A full disk shows now and not after half the work; not every file system can tell.
         if let Err(e @ (Errno::NOSPC | Errno::DQUOT | Errno::FBIG)) =
             rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, plan.size())
@@ -54,9 +52,39 @@ impl Cache {
             return Err(converting(WriteError::Write(e.into())));
         }
         let written = plan.write(&file).map_err(converting)?;
-        file.set_permissions(fs::Permissions::from_mode(0o444)).map_err(failed("protect image", to))?;
+        protect(&file, to)?;
         Ok((file, written, tree.inodes[Tree::ROOT].is_opaque()))
     }
+
+    /// The same for an archive, which must have this diffID.
+    pub(super) fn convert_archive<R: Read + Send>(
+        &self,
+        diff_id: DiffId,
+        open: impl FnOnce() -> io::Result<R>,
+        to: &Path,
+    ) -> Result<(File, Written, bool), CacheError> {
+        let converting = |source| CacheError::Archive { diff_id, source: Box::new(source) };
+        let archive = open().map_err(|e| converting(TarError::Read(e)))?;
+        let file = create(to)?;
+        let done = tar::convert(archive, &file, &self.limits, Hashing::Expect(diff_id)).map_err(converting)?;
+        protect(&file, to)?;
+        Ok((file, done.written, done.opaque))
+    }
+}
+
+/// An empty file for an image, in the place of what a builder left there that died.
+pub fn create(path: &Path) -> Result<File, CacheError> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed("remove", path)(e)),
+        _ => {}
+    }
+    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
+    file.map_err(failed("create image", path))
+}
+
+/// Lets everybody read an image that is complete, and nobody write.
+pub fn protect(image: &File, path: &Path) -> Result<(), CacheError> {
+    image.set_permissions(fs::Permissions::from_mode(0o444)).map_err(failed("protect image", path))
 }
 
 /// Removes its file unless that is to be kept.
@@ -75,8 +103,18 @@ impl Drop for Temporary<'_> {
     }
 }
 
-/// An image that a snapshotter made.
-pub fn ready(path: &Path) -> Result<Layer, CacheError> {
+/// An image that a snapshotter made, and those that hold file data of it.
+pub fn ready(path: &Path, devices: &[PathBuf]) -> Result<Layer, CacheError> {
+    let (mut layer, needed) = opened(path, true)?;
+    if needed != devices.len() {
+        return Err(CacheError::Devices { path: path.into(), needed, given: devices.len() });
+    }
+    layer.devices = devices.iter().map(|device| Ok(opened(device, false)?.0)).collect::<Result<_, CacheError>>()?;
+    Ok(layer)
+}
+
+/// A file of a snapshotter's, and how many more an image needs.
+fn opened(path: &Path, image: bool) -> Result<(Layer, usize), CacheError> {
     let start = Instant::now();
     let missing = |source| CacheError::Lower { path: path.into(), source };
     let key = key_of(path).map_err(missing)?;
@@ -86,25 +124,30 @@ pub fn ready(path: &Path) -> Result<Layer, CacheError> {
     if !metadata.is_file() {
         return Err(wrong("not a regular file"));
     }
-    let mut raw = [0; SUPER_SIZE];
-    let super_block = file.read_exact_at(&mut raw, SUPER_OFFSET).ok().and_then(|()| SuperBlock::decode(&raw));
-    match super_block {
-        None => Err(wrong("not an erofs file system")),
-        Some(super_block) if super_block.extra_devices > 0 => Err(wrong("it needs further devices")),
-        Some(_) => Ok(Layer {
-            path: path.into(),
-            key,
-            size: metadata.size(),
-            outcome: Outcome::Ready,
-            took: start.elapsed(),
-            file,
-            opaque: false,
-        }),
+    // In the VM's jail nobody is its owner.
+    if metadata.mode() & 0o004 == 0 {
+        return Err(wrong("not readable for others, whom the VM is one of"));
     }
+    let mut needed = 0;
+    if image {
+        let mut raw = [0; SUPER_SIZE];
+        let super_block = file.read_exact_at(&mut raw, SUPER_OFFSET).ok().and_then(|()| SuperBlock::decode(&raw));
+        needed = super_block.ok_or_else(|| wrong("not an erofs file system"))?.extra_devices.into();
+    }
+    let layer = Layer {
+        path: path.into(),
+        key,
+        size: metadata.size(),
+        outcome: Outcome::Ready,
+        took: start.elapsed(),
+        devices: Vec::new(),
+        file,
+        opaque: false,
+    };
+    Ok((layer, needed))
 }
 
 /// A read-only descriptor for a file that was just written.
-fn reopen(written: File, path: &Path) -> Result<File, CacheError> {
-    drop(written);
+pub fn reopen(path: &Path) -> Result<File, CacheError> {
     File::open(path).map_err(failed("open image", path))
 }

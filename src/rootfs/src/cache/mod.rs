@@ -13,7 +13,7 @@
 //!
 //! Invariants:
 //! - A key names one state of one directory (path, file system, inode, birth and change time) and one writer version, so a
-//!   reused snapshot directory never finds its predecessor's image.
+//!   reused snapshot directory never finds its predecessor's image; or an archive by its diffID, which its bytes were found to have.
 //! - An image appears under its name complete and synced, or not at all. The sidecar is not synced: without a good one the image
 //!   counts as suspicious and is built again.
 //! - Who holds a [`Layer`] holds a shared lock on its image, and each pod's hard link counts: neither is ever collected.
@@ -21,10 +21,13 @@
 
 mod collect;
 mod convert;
+mod merged;
+mod mounted;
+mod patched;
 mod sidecar;
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -38,12 +41,15 @@ pub use collect::{Cached, Collected, Verdict};
 
 use crate::Limits;
 use crate::erofs::reader::checksum;
-use crate::erofs::writer::WriteError;
+use crate::erofs::writer::{WriteError, Written};
 use crate::layer::LayerError;
 use crate::lock::{self, Lock};
+use crate::merge::MergeError;
+use crate::patch::PatchError;
 use crate::plan::{Lower, RootfsPlan};
+use crate::tar::{DiffId, TarError};
 use convert::{Temporary, ready};
-use sidecar::{Sidecar, Stamp, key_of};
+use sidecar::{Sidecar, Stamp, key_of, key_of_archive};
 
 /// Why the cache cannot give a layer.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +75,27 @@ pub enum CacheError {
         #[source]
         source: WriteError,
     },
+    /// An archive cannot be made into an image.
+    #[error("convert archive {diff_id}")]
+    Archive {
+        /// Its digest.
+        diff_id: DiffId,
+        /// Cause.
+        #[source]
+        source: Box<TarError>,
+    },
+    /// Patches cannot be built.
+    #[error(transparent)]
+    Patch(#[from] PatchError),
+    /// Layers cannot be merged into one image.
+    #[error("merge layers into {image}")]
+    Merge {
+        /// The merged image.
+        image: PathBuf,
+        /// Cause.
+        #[source]
+        source: MergeError,
+    },
     /// A ready image is none that the guest could mount.
     #[error("use image {path}: {what}")]
     Image {
@@ -76,6 +103,16 @@ pub enum CacheError {
         path: PathBuf,
         /// What is wrong.
         what: &'static str,
+    },
+    /// An image whose file data lies in others came with too few or too many of them.
+    #[error("use image {path}: it needs {needed} further devices, not {given}")]
+    Devices {
+        /// The image.
+        path: PathBuf,
+        /// What its superblock says.
+        needed: usize,
+        /// What came with it.
+        given: usize,
     },
     /// An image and a pod's directory are on different file systems.
     #[error("link image {image} to {to}: they must be on one file system")]
@@ -130,9 +167,14 @@ pub struct Layer {
     pub outcome: Outcome,
     /// Time it took, waiting for another builder included.
     pub took: Duration,
+    /// Images that hold file data of this one, in the order of its device table.
+    pub devices: Vec<Layer>,
     file: File,
     opaque: bool,
 }
+
+/// Why a writable layer on a disk is refused once it exists.
+const WRITTEN: &str = "the snapshotter has made this disk, and its files cannot be taken over";
 
 /// The store; opening it is cheap.
 #[derive(Debug)]
@@ -161,11 +203,20 @@ impl Cache {
         let mut missing = Vec::new();
         for (index, lower) in plan.lowers.iter().enumerate() {
             let layer = match lower {
-                Lower::Snapshot(dir) => self.cached(dir)?,
-                Lower::Image(image) => Some(ready(image)?),
-                Lower::Writable(_) | Lower::Upper(_) => None,
+                Lower::Snapshot(dir) => match mounted::image(dir).map(|image| ready(&image, &[])) {
+                    Some(Ok(layer)) => Some(layer),
+                    // Not mounted from an image, or from one that the guest could not mount.
+                    None | Some(Err(_)) => self.cached(dir)?,
+                },
+                Lower::Image(image, devices) => Some(ready(image, devices)?),
+                Lower::Writable(_) | Lower::Upper(_) | Lower::UpperDisk(_) => None,
             };
-            if layer.is_none() && !(matches!(lower, Lower::Upper(_)) && is_empty(lower.source())?) {
+            let left_out = match lower {
+                Lower::Upper(dir) => is_empty(dir)?,
+                Lower::UpperDisk(disk) => !made(disk)?,
+                _ => false,
+            };
+            if layer.is_none() && !left_out {
                 missing.push(index);
             }
             layers.push(layer);
@@ -195,8 +246,9 @@ impl Cache {
                 && let Some(&index) = missing.get(next.fetch_add(1, Ordering::Relaxed))
             {
                 let layer = match &plan.lowers[index] {
-                    Lower::Snapshot(dir) => self.build_or_wait(dir),
-                    Lower::Image(image) => ready(image),
+                    Lower::Snapshot(dir) => self.build_snapshot(dir),
+                    Lower::Image(image, devices) => ready(image, devices),
+                    Lower::UpperDisk(disk) => Err(CacheError::Image { path: disk.into(), what: WRITTEN }),
                     Lower::Writable(dir) | Lower::Upper(dir) => {
                         self.ephemeral(dir, &scratch.join(format!("lower-{index}.erofs")))
                     }
@@ -249,15 +301,39 @@ impl Cache {
             size: sidecar.stamp.size,
             outcome: Outcome::Hit,
             took: start.elapsed(),
+            devices: Vec::new(),
             file,
             opaque: sidecar.opaque,
         })
     }
 
-    /// The slow path: alone with this key, look again, check a suspicious image in full, or build.
-    fn build_or_wait(&self, dir: &Path) -> Result<Layer, CacheError> {
-        let start = Instant::now();
+    fn build_snapshot(&self, dir: &Path) -> Result<Layer, CacheError> {
         let key = key_of(dir).map_err(|source| CacheError::Lower { path: dir.into(), source })?;
+        self.build_or_wait(key, dir.to_string_lossy().into_owned(), |temp| self.convert(dir, temp))
+    }
+
+    /// Gives the image of the archive with this diffID. `open` is asked for the archive's bytes when they are needed; they are
+    /// verified while they are converted, so that an image never holds anything else.
+    pub fn acquire_archive<R: Read + Send>(
+        &self,
+        diff_id: DiffId,
+        open: impl FnOnce() -> io::Result<R>,
+    ) -> Result<Layer, CacheError> {
+        let key = key_of_archive(diff_id);
+        match self.hit(&key, Instant::now(), false) {
+            Some(layer) => Ok(layer),
+            None => self.build_or_wait(key, diff_id.to_string(), |temp| self.convert_archive(diff_id, open, temp)),
+        }
+    }
+
+    /// The slow path: alone with this key, look again, check a suspicious image in full, or `make` it.
+    fn build_or_wait(
+        &self,
+        key: String,
+        source: String,
+        make: impl FnOnce(&Path) -> Result<(File, Written, bool), CacheError>,
+    ) -> Result<Layer, CacheError> {
+        let start = Instant::now();
         let lock_path = self.file(&key, "lock");
         let _lock = Lock::wait(&lock_path).map_err(failed("lock", &lock_path))?;
         if let Some(layer) = self.hit(&key, start, true) {
@@ -271,7 +347,7 @@ impl Cache {
             }
         }
         let outcome = if suspicious { Outcome::Rebuilt } else { Outcome::Built };
-        self.publish(dir, &key)?;
+        self.publish(source, &key, make)?;
         let layer = self.hit(&key, start, true).map(|layer| Layer { outcome, ..layer });
         layer.ok_or_else(|| {
             failed("read back image", &self.file(&key, "erofs"))(io::Error::other("it changed meanwhile"))
@@ -288,15 +364,24 @@ impl Cache {
         sidecar.write(&path).ok()
     }
 
-    /// Converts `dir` and puts image and sidecar in place. The key's lock is held.
-    fn publish(&self, dir: &Path, key: &str) -> Result<(), CacheError> {
+    /// Makes an image, and puts it and its sidecar in place. The key's lock is held.
+    fn publish(
+        &self,
+        source: String,
+        key: &str,
+        make: impl FnOnce(&Path) -> Result<(File, Written, bool), CacheError>,
+    ) -> Result<(), CacheError> {
         let temp = self.file(key, "tmp");
         let temporary = Temporary(Some(&temp));
-        let (image, written, opaque) = self.convert(dir, &temp)?;
+        let (image, written, opaque) = make(&temp)?;
         image.sync_all().map_err(failed("sync image", &temp))?;
         let sidecar = Sidecar {
-            source: dir.to_string_lossy().into_owned(),
-            checksum: written.checksum,
+            source,
+            // What goes into the cache passes through this process, and so has one.
+            checksum: written
+                .checksum
+                .map_or_else(|| checksum(&image), Ok)
+                .map_err(failed("read back image", &temp))?,
             inodes: written.inodes,
             opaque,
             stamp: Stamp::of(&image).map_err(failed("read back image", &temp))?,
@@ -311,6 +396,15 @@ impl Cache {
 
     fn file(&self, key: &str, extension: &str) -> PathBuf {
         self.dir.join(format!("{key}.{extension}"))
+    }
+}
+
+/// A disk that a snapshotter names may not have been made yet.
+fn made(disk: &Path) -> Result<bool, CacheError> {
+    match fs::metadata(disk) {
+        Ok(metadata) => Ok(metadata.len() > 0),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(source) => Err(CacheError::Lower { path: disk.into(), source }),
     }
 }
 

@@ -12,6 +12,7 @@ use sha2::{Digest, Sha256};
 
 use crate::erofs::format::{BLOCK, SUPER_OFFSET};
 use crate::erofs::writer;
+use crate::tar::DiffId;
 
 /// Largest sidecar that is read: a path and a few numbers.
 const MAX: u64 = 64 << 10;
@@ -19,7 +20,7 @@ const MAX: u64 = 64 << 10;
 /// The JSON beside an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sidecar {
-    /// Directory it was made from, for people.
+    /// Directory that it was made from, or diffID of an archive; for people.
     pub source: String,
     /// CRC-32C of the whole image. It tells damage from mere copying; against whoever can write here, no digest beside the image
     /// would help, and SHA-256 costs as much CPU as all the rest of a conversion.
@@ -82,6 +83,25 @@ impl Sidecar {
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// The key of an archive: as above, and never that of a directory.
+pub fn key_of_archive(diff_id: DiffId) -> String {
+    let mut hash = Sha256::new();
+    hash.update(writer::VERSION.to_le_bytes());
+    hash.update(diff_id.to_string());
+    hex(&hash.finalize())
+}
+
+/// The key of the merged image of layers, by their keys from the bottom up.
+pub fn key_of_merged<'k>(keys: impl Iterator<Item = &'k str>) -> String {
+    let mut hash = Sha256::new();
+    hash.update(writer::VERSION.to_le_bytes());
+    for key in keys {
+        hash.update("+");
+        hash.update(key);
+    }
+    hex(&hash.finalize())
 }
 
 /// The key of what is at `path` now: 64 hexadecimal digits.

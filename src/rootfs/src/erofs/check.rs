@@ -94,7 +94,8 @@ impl<S: ReadAt + ?Sized> Image<'_, S> {
                 let mut offset = 0;
                 while offset < inode.size {
                     let (at, run) = self.locate(inode, offset)?;
-                    if at.is_some_and(|at| at.checked_add(run).is_none_or(|end| end > self.size)) {
+                    let inside = |at: u64| at.checked_add(run).is_some_and(|end| end <= self.size);
+                    if at.is_some_and(|at| !inside(at) && !self.is_elsewhere(at, run)) {
                         return Err(ReadError::Corrupt { nid: inode.nid, what: "data lies outside the image" });
                     }
                     offset += run;

@@ -1,13 +1,15 @@
 //! On-disk structures and constants of EROFS, and nothing else.
 //!
 //! Everything is little-endian and described by the kernel's `fs/erofs/erofs_fs.h`; names follow that header. Only what nacelle
-//! writes is here: no compression, no extra devices, no shared xattrs.
+//! writes is here: no compression, no shared xattrs.
 //!
 //! ```text
 //!  byte 0        1024          1152     4096                                        end, a whole number of blocks
 //!  | boot area   | superblock  | zeros  | inodes, each followed by its xattrs   | directory | file   |
 //!  | (zeros)     |             |        | and its inline data or chunk map      | blocks    | blocks |
 //!  |---------------- block 0 -----------|------------ metadata area ------------|------- data -------|
+//!
+//!  A table of devices, 128 bytes each, takes whole blocks between superblock and metadata area.
 //!
 //!  nid n is the inode at byte meta_block * 4096 + n * 32. An image made from a stream has the file blocks first, from block 1, and
 //!  the metadata area and the directory blocks behind them.
@@ -33,6 +35,10 @@ pub const COMPAT_SB_CHKSUM: u32 = 0x1;
 pub const COMPAT_MTIME: u32 = 0x2;
 /// Chunk-based files are in use.
 pub const INCOMPAT_CHUNKED_FILE: u32 = 0x4;
+/// Data lies in further devices, which a table names.
+pub const INCOMPAT_DEVICE_TABLE: u32 = 0x8;
+/// Size of an entry of the device table (`struct erofs_deviceslot`): a tag of 64 bytes, blocks, first block, and room.
+pub const DEVICE_SIZE: usize = 128;
 /// A nid counts slots of this many bytes.
 pub const SLOT: u64 = 32;
 /// Size of a compact inode core.
@@ -129,6 +135,8 @@ pub struct SuperBlock {
     pub incompat: u32,
     /// Number of further devices.
     pub extra_devices: u16,
+    /// Where their table starts, in units of [`DEVICE_SIZE`].
+    pub device_slot: u16,
     /// `log2(directory block size / BLOCK)`.
     pub dir_block_bits: u8,
     /// Long xattr prefixes in use.
@@ -160,7 +168,7 @@ impl SuperBlock {
         put(&self.incompat.to_le_bytes());
         put(&0u16.to_le_bytes()); // compression
         put(&self.extra_devices.to_le_bytes());
-        put(&0u16.to_le_bytes()); // devt_slotoff
+        put(&self.device_slot.to_le_bytes());
         put(&[self.dir_block_bits, self.xattr_prefixes]);
         out
     }
@@ -183,6 +191,7 @@ impl SuperBlock {
             uuid,
             incompat: le32(raw, 80),
             extra_devices: le16(raw, 86),
+            device_slot: le16(raw, 88),
             dir_block_bits: raw[90],
             xattr_prefixes: raw[91],
         })

@@ -9,6 +9,7 @@ use std::os::unix::fs::FileExt;
 
 pub use super::check::{Totals, checksum};
 use super::format::{self, BLOCK, Dirent, InodeCore, Layout, SLOT, SUPER_OFFSET, SUPER_SIZE, SuperBlock};
+use crate::merge::Device;
 use crate::tree::{OPAQUE, Time, Xattr};
 
 /// Why an image cannot be read.
@@ -77,6 +78,23 @@ pub struct Image<'a, S: ?Sized> {
     source: &'a S,
     pub(super) size: u64,
     super_block: SuperBlock,
+    devices: Vec<Device>,
+}
+
+/// How a regular file's content is stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Behind its inode.
+    Inline,
+    /// In consecutive blocks from this one on.
+    Blocks(u32),
+    /// In chunks.
+    Chunks {
+        /// `log2` of their size.
+        bits: u8,
+        /// First block of each; `None` is a hole.
+        blocks: Vec<Option<u32>>,
+    },
 }
 
 /// An inode as the image has it.
@@ -167,11 +185,9 @@ impl<'a, S: ReadAt + ?Sized> Image<'a, S> {
         if super_block.block_bits != format::BLOCK_BITS || super_block.dir_block_bits != 0 {
             return Err(ReadError::Unsupported("block size"));
         }
-        if super_block.incompat & !format::INCOMPAT_CHUNKED_FILE != 0 || super_block.xattr_prefixes != 0 {
+        let known = format::INCOMPAT_CHUNKED_FILE | format::INCOMPAT_DEVICE_TABLE;
+        if super_block.incompat & !known != 0 || super_block.xattr_prefixes != 0 {
             return Err(ReadError::Unsupported("feature"));
-        }
-        if super_block.extra_devices != 0 {
-            return Err(ReadError::Unsupported("device table"));
         }
         if super_block.compat & format::COMPAT_SB_CHKSUM != 0 {
             block[4..8].fill(0);
@@ -183,7 +199,51 @@ impl<'a, S: ReadAt + ?Sized> Image<'a, S> {
             return Err(ReadError::Corrupt { nid: 0, what: "image is shorter than its superblock says" });
         }
         let size = u64::from(super_block.blocks) * BLOCK;
-        Ok(Image { source, size, super_block })
+        let mut image = Image { source, size, super_block, devices: Vec::new() };
+        image.read_devices()?;
+        Ok(image)
+    }
+
+    fn read_devices(&mut self) -> Result<()> {
+        let mut at = u64::from(self.super_block.device_slot) * format::DEVICE_SIZE as u64;
+        for _ in 0..self.super_block.extra_devices {
+            let mut slot = [0; format::DEVICE_SIZE];
+            self.read_inside(&mut slot, at, 0)?;
+            self.devices.push(Device { blocks: format::le32(&slot, 64), first_block: format::le32(&slot, 68) });
+            at += format::DEVICE_SIZE as u64;
+        }
+        Ok(())
+    }
+
+    /// True when these bytes lie in one of the devices.
+    pub(super) fn is_elsewhere(&self, at: u64, len: u64) -> bool {
+        self.devices.iter().any(|device| {
+            let start = u64::from(device.first_block) * BLOCK;
+            let end = start + u64::from(device.blocks) * BLOCK;
+            device.first_block > 0 && at >= start && at.checked_add(len).is_some_and(|to| to <= end)
+        })
+    }
+
+    /// How a regular file's content is stored, without the content.
+    pub fn place(&self, inode: &Inode) -> Result<Place> {
+        match inode.core.layout {
+            Layout::FlatPlain => Ok(Place::Blocks(inode.core.u)),
+            Layout::FlatInline if inode.size <= BLOCK => Ok(Place::Inline),
+            Layout::FlatInline => Err(ReadError::Unsupported("inline data behind whole blocks")),
+            Layout::Chunked => {
+                let bits = format::BLOCK_BITS + (inode.core.u as u16 & format::CHUNK_BITS_MASK) as u8;
+                let count = inode.size.div_ceil(1 << bits);
+                // What has no room in the image cannot be a map.
+                let corrupt = || ReadError::Corrupt { nid: inode.nid, what: "chunk map is too long" };
+                let mut blocks = Vec::with_capacity(usize::try_from(count.min(self.size / 4)).map_err(|_| corrupt())?);
+                for index in 0..count {
+                    let (at, _) = self.locate(inode, index << bits)?;
+                    let block = at.map(|at| u32::try_from(at / BLOCK)).transpose().map_err(|_| corrupt())?;
+                    blocks.push(block);
+                }
+                Ok(Place::Chunks { bits, blocks })
+            }
+        }
     }
 
     /// The superblock.

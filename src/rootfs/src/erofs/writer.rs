@@ -22,6 +22,7 @@ use super::format::{self, BLOCK, InodeCore, Layout, SLOT, SuperBlock};
 use super::sink::{CopyError, Sink};
 use super::walk::{Walk, common_time};
 use super::xattrs;
+use crate::merge::{Device, Merged};
 use crate::tree::{Data, InodeId, Node, Opener, Time, Tree};
 
 /// Changes whenever the same tree would give other bytes, so that no cache hands out an image of an older kind.
@@ -69,8 +70,8 @@ pub struct Written {
     pub size: u64,
     /// Inodes in the image.
     pub inodes: u64,
-    /// CRC-32C of the whole image.
-    pub checksum: u32,
+    /// CRC-32C of the whole image; `None` where nobody has seen all of it (see [`crate::tar::convert_file`]).
+    pub checksum: Option<u32>,
 }
 
 /// An image laid out: where each inode, directory and file goes.
@@ -83,6 +84,7 @@ pub struct Plan<'a> {
     time: Time,
     meta_block: u32,
     blocks: u32,
+    devices: &'a [Device],
 }
 
 /// Where one inode goes.
@@ -100,15 +102,29 @@ struct Placed {
 impl<'a> Plan<'a> {
     /// Lays the tree out.
     pub fn new(tree: &'a Tree) -> Result<Plan<'a>, WriteError> {
-        Plan::after(tree, FIRST_BLOCK)
+        Plan::after(tree, FIRST_BLOCK, &[])
+    }
+
+    /// Lays out a tree whose file data lies in other images.
+    pub fn merged(merged: &'a Merged) -> Result<Plan<'a>, WriteError> {
+        let table = (merged.devices.len() * format::DEVICE_SIZE).div_ceil(BLOCK as usize);
+        if merged.devices.len() > usize::from(u16::MAX) {
+            return Err(WriteError::TooLarge);
+        }
+        let plan = Plan::after(&merged.tree, FIRST_BLOCK + table as u32, &merged.devices)?;
+        // The devices' blocks have numbers behind those of the image.
+        match merged.devices.iter().any(|device| device.first_block < plan.blocks) {
+            true => Err(WriteError::TooLarge),
+            false => Ok(plan),
+        }
     }
 
     /// Lays the tree out behind file data that ends before block `meta_block`.
-    pub(super) fn after(tree: &'a Tree, meta_block: u32) -> Result<Plan<'a>, WriteError> {
+    pub(super) fn after(tree: &'a Tree, meta_block: u32, devices: &'a [Device]) -> Result<Plan<'a>, WriteError> {
         let walk = Walk::new(tree);
         let time = common_time(tree);
         let (order, parents) = (walk.order, walk.parents);
-        let mut plan = Plan { tree, order, parents, placed: Vec::new(), time, meta_block, blocks: 0 };
+        let mut plan = Plan { tree, order, parents, placed: Vec::new(), time, meta_block, blocks: 0, devices };
         plan.placed = (0..tree.inodes.len()).map(|id| plan.shape(id, walk.links[id])).collect::<Result<_, _>>()?;
         plan.place_inodes()?;
         Ok(plan)
@@ -126,7 +142,10 @@ impl<'a> Plan<'a> {
         let (kind, size) = match &inode.node {
             Node::Directory(_) => (format::S_IFDIR, self.directory(id).size()),
             Node::File { size, data } => {
-                chunk_bits = chunks::bits_for(data.extents(), *size);
+                chunk_bits = match data {
+                    Data::Elsewhere { chunks, .. } => chunks.as_ref().map_or(0, |(bits, _)| *bits),
+                    _ => chunks::bits_for(data.extents(), *size),
+                };
                 (format::S_IFREG, *size)
             }
             Node::Symlink(target) => (format::S_IFLNK, target.len() as u64),
@@ -211,7 +230,7 @@ impl<'a> Plan<'a> {
     /// Where an inode's content begins that is in the image before its metadata.
     fn stored_at(&self, id: InodeId) -> Option<u32> {
         match self.tree.inodes[id].node {
-            Node::File { data: Data::Stored { block, .. }, .. } => Some(block),
+            Node::File { data: Data::Stored { block, .. } | Data::Elsewhere { block, .. }, .. } => Some(block),
             _ => None,
         }
     }
@@ -231,7 +250,8 @@ impl<'a> Plan<'a> {
             Node::File { data, .. } => data.extents().unwrap_or_default(),
             _ => &[],
         };
-        let size = if placed.core.layout == Layout::Chunked { placed.core.size } else { 0 };
+        let elsewhere = matches!(&self.tree.inodes[id].node, Node::File { data: Data::Elsewhere { .. }, .. });
+        let size = if placed.core.layout == Layout::Chunked && !elsewhere { placed.core.size } else { 0 };
         chunks::map(extents, size, placed.chunk_bits)
     }
 
@@ -247,6 +267,12 @@ impl<'a> Plan<'a> {
     pub fn write(&self, out: impl Write) -> Result<Written, WriteError> {
         let mut sink = Sink::new(out, 0);
         sink.put(&self.super_block()).map_err(WriteError::Write)?;
+        for device in self.devices {
+            let mut slot = [0; format::DEVICE_SIZE];
+            slot[64..68].copy_from_slice(&device.blocks.to_le_bytes());
+            slot[68..72].copy_from_slice(&device.first_block.to_le_bytes());
+            sink.put(&slot).map_err(WriteError::Write)?;
+        }
         self.write_from_metadata(&mut sink)?;
         let checksum = sink.finish().map_err(WriteError::Write)?;
         Ok(Written { size: self.size(), inodes: self.inodes(), checksum })
@@ -274,6 +300,7 @@ impl<'a> Plan<'a> {
 
     /// Boot area, superblock and its checksum: the first block.
     pub(super) fn super_block(&self) -> Vec<u8> {
+        let chunked = self.placed.iter().any(|p| p.core.layout == Layout::Chunked);
         let mut super_block = SuperBlock {
             checksum: 0,
             compat: format::COMPAT_SB_CHKSUM | format::COMPAT_MTIME,
@@ -286,12 +313,10 @@ impl<'a> Plan<'a> {
             blocks: self.blocks,
             meta_block: self.meta_block,
             uuid: self.uuid(),
-            incompat: if self.placed.iter().any(|p| p.core.layout == Layout::Chunked) {
-                format::INCOMPAT_CHUNKED_FILE
-            } else {
-                0
-            },
-            extra_devices: 0,
+            incompat: (if chunked { format::INCOMPAT_CHUNKED_FILE } else { 0 })
+                | (if self.devices.is_empty() { 0 } else { format::INCOMPAT_DEVICE_TABLE }),
+            extra_devices: self.devices.len() as u16, // checked in `merged`
+            device_slot: if self.devices.is_empty() { 0 } else { (BLOCK as usize / format::DEVICE_SIZE) as u16 },
             dir_block_bits: 0,
             xattr_prefixes: 0,
         };
@@ -333,6 +358,9 @@ impl<'a> Plan<'a> {
         placed.core.encode(&mut head);
         xattrs::encode(&self.tree.inodes[id], &mut head);
         let mut block = placed.first_block;
+        if let Node::File { data: Data::Elsewhere { chunks: Some((_, map)), .. }, .. } = &self.tree.inodes[id].node {
+            map.iter().for_each(|chunk| head.extend(chunk.unwrap_or(format::NULL_ADDR).to_le_bytes()));
+        }
         for chunk in self.chunks(id) {
             head.extend(chunk.as_ref().map_or(format::NULL_ADDR, |_| block).to_le_bytes());
             block += chunk.map_or(0, |range| blocks(&range)) as u32;

@@ -296,7 +296,7 @@ impl<'a> Upper<'a> {
             Data::At { location, .. } => {
                 Opener::default().open(location).and_then(|file| read(&file)).map_err(failed)?
             }
-            Data::Stored { .. } => {} // only archives are stored
+            Data::Stored { .. } | Data::Elsewhere { .. } => {} // only archives are stored, and only layers merged
         }
         Ok(content)
     }

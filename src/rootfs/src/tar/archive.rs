@@ -1,10 +1,12 @@
 //! The entries of a tar archive, one after the other: ustar, POSIX (pax), GNU, star and the form from before them.
 
-use std::io::{self, Read};
+use std::fs::File;
+use std::io::{self, BufRead, Read};
 use std::ops::Range;
 
 use super::TarError;
 use super::header::{self, BLOCK, Header};
+use super::input::Input;
 use super::pax::{self, Pax};
 use crate::Limits;
 use crate::tree::Time;
@@ -51,18 +53,21 @@ pub struct Entry {
     pub extents: Option<Vec<Range<u64>>>,
 }
 
+/// From this size on a file's data is not worth passing through this process.
+const COPIED: u64 = 1 << 20;
+
 /// An archive that is being read. Reading from it gives the data of the entry that came last.
-pub struct Archive<'l, R> {
-    input: R,
+pub struct Archive<'l, 's> {
+    input: Input<'s>,
     limits: &'l Limits,
     position: u64,
     data: u64,
     padding: u64,
 }
 
-impl<'l, R: Read> Archive<'l, R> {
+impl<'l, 's> Archive<'l, 's> {
     /// Starts at the first header.
-    pub fn new(input: R, limits: &'l Limits) -> Archive<'l, R> {
+    pub fn new(input: Input<'s>, limits: &'l Limits) -> Archive<'l, 's> {
         Archive { input, limits, position: 0, data: 0, padding: 0 }
     }
 
@@ -96,8 +101,19 @@ impl<'l, R: Read> Archive<'l, R> {
     }
 
     /// Gives back the input, behind the end mark's first block.
-    pub fn into_inner(self) -> R {
+    pub fn into_inner(self) -> Input<'s> {
         self.input
+    }
+
+    /// Where the data of the entry lies, all of it, when it is best copied by the kernel; it counts as read then.
+    pub fn skip_to_copy(&mut self) -> Option<(&'s File, u64)> {
+        let (size, whole) = (self.data, self.data > COPIED);
+        let found = if whole { self.input.skip_to_copy(size) } else { None };
+        if found.is_some() {
+            self.data = 0;
+            self.position += size;
+        }
+        found
     }
 
     fn entry(
@@ -217,7 +233,8 @@ impl<'l, R: Read> Archive<'l, R> {
 
     /// Says how much data follows the header that was just read.
     fn begin_data(&mut self, size: u64) -> Result<(), TarError> {
-        if size > self.limits.bytes {
+        // So that reading it needs no check of its own.
+        if self.position.checked_add(size).is_none_or(|end| end > self.limits.bytes) {
             return Err(TarError::Limit { what: "bytes", limit: self.limits.bytes });
         }
         self.data = size;
@@ -238,21 +255,24 @@ impl<'l, R: Read> Archive<'l, R> {
 
     fn skip_data(&mut self) -> Result<(), TarError> {
         self.data += std::mem::take(&mut self.padding);
-        let left = self.data;
-        let skipped = io::copy(self, &mut io::sink()).map_err(|e| self.failed(e))?;
-        if skipped == left { Ok(()) } else { Err(self.malformed("archive is cut off")) }
+        while self.data > 0 {
+            let n = self.fill_buf().map(<[u8]>::len).map_err(|e| self.failed(e))?;
+            if n == 0 {
+                return Err(self.malformed("archive is cut off"));
+            }
+            self.consume(n);
+        }
+        Ok(())
     }
 
     fn block(&mut self) -> Result<[u8; BLOCK], TarError> {
         let mut block = [0; BLOCK];
         self.input.read_exact(&mut block).map_err(|e| self.failed(e))?;
-        self.advance(BLOCK).map_err(|e| self.failed(e))?;
-        Ok(block)
-    }
-
-    fn advance(&mut self, by: usize) -> io::Result<()> {
-        self.position += by as u64;
-        if self.position > self.limits.bytes { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(()) }
+        self.position += BLOCK as u64;
+        match self.position > self.limits.bytes {
+            true => Err(self.failed(io::ErrorKind::FileTooLarge.into())),
+            false => Ok(block),
+        }
     }
 
     fn malformed(&self, what: &'static str) -> TarError {
@@ -270,13 +290,28 @@ impl<'l, R: Read> Archive<'l, R> {
     }
 }
 
-impl<R: Read> Read for Archive<'_, R> {
+impl Read for Archive<'_, '_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let len = buffer.len().min(usize::try_from(self.data).unwrap_or(usize::MAX));
-        let n = self.input.read(&mut buffer[..len])?;
-        self.data -= n as u64;
-        self.advance(n)?;
+        let n = self.fill_buf()?.read(buffer)?;
+        self.consume(n);
         Ok(n)
+    }
+}
+
+impl BufRead for Archive<'_, '_> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        if self.data == 0 {
+            return Ok(&[]);
+        }
+        let bytes = self.input.fill_buf()?;
+        let len = bytes.len().min(usize::try_from(self.data).unwrap_or(usize::MAX));
+        Ok(&bytes[..len])
+    }
+
+    fn consume(&mut self, n: usize) {
+        self.input.consume(n);
+        self.data -= n as u64;
+        self.position += n as u64;
     }
 }
 

@@ -32,7 +32,7 @@ impl<'l> Layer<'l> {
     }
 
     /// Takes one entry; the data of a file goes from the archive into the image.
-    pub fn add<R: Read>(&mut self, entry: Entry, archive: &mut Archive<R>, image: &mut Stream) -> Result<(), TarError> {
+    pub fn add(&mut self, entry: Entry, archive: &mut Archive, image: &mut Stream) -> Result<(), TarError> {
         self.entries += 1;
         if self.entries > self.limits.entries {
             return Err(TarError::Limit { what: "entries", limit: self.limits.entries as u64 });
@@ -133,12 +133,7 @@ impl<'l> Layer<'l> {
         }
     }
 
-    fn inode<R: Read>(
-        &mut self,
-        mut entry: Entry,
-        archive: &mut Archive<R>,
-        image: &mut Stream,
-    ) -> Result<Inode, TarError> {
+    fn inode(&mut self, mut entry: Entry, archive: &mut Archive, image: &mut Stream) -> Result<Inode, TarError> {
         let node = match &mut entry.kind {
             Kind::File => {
                 let (size, extents) = (entry.size, entry.extents.take());
@@ -151,7 +146,11 @@ impl<'l> Layer<'l> {
                     }
                     Data::Bytes(bytes.into())
                 } else {
-                    image.store(size, extents, archive).map_err(|e| match e {
+                    let stored = match extents.is_none().then(|| archive.skip_to_copy()).flatten() {
+                        Some((file, at)) => image.store_from(size, file, at),
+                        None => image.store(size, extents, archive),
+                    };
+                    stored.map_err(|e| match e {
                         CopyError::TooShort => archive.failed(std::io::ErrorKind::UnexpectedEof.into()),
                         CopyError::Read(source) => archive.failed(source),
                         CopyError::Write(source) => TarError::Write(WriteError::Write(source)),

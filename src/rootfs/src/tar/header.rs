@@ -35,13 +35,13 @@ pub struct Header {
 
 /// Reads a header; the error says what is wrong. A block of zeros is no header: see [`is_zero`].
 pub fn parse(block: &[u8; BLOCK]) -> Result<Header, &'static str> {
-    let sum = |as_byte: fn(u8) -> i64| -> i64 {
-        let outside = |at: usize| !(148..156).contains(&at);
-        block.iter().enumerate().map(|(at, &b)| as_byte(if outside(at) { b } else { b' ' })).sum()
-    };
+    // The checksum's own bytes count as spaces.
+    let unsigned = |bytes: &[u8]| bytes.iter().map(|&b| i32::from(b)).sum::<i32>();
+    let signed_bytes = |bytes: &[u8]| bytes.iter().map(|&b| i32::from(b.cast_signed())).sum::<i32>();
+    let around = |sum: fn(&[u8]) -> i32| i64::from(sum(&block[..148]) + sum(&block[156..]) + 8 * i32::from(b' '));
     let promised = i64::try_from(number(&block[148..156])?).map_err(|_| "header checksum mismatch")?;
     // Some old programs summed signed bytes.
-    if promised != sum(i64::from) && promised != sum(|b| i64::from(b.cast_signed())) {
+    if promised != around(unsigned) && promised != around(signed_bytes) {
         return Err("header checksum mismatch");
     }
     let ustar = &block[257..263] == b"ustar\0";

@@ -122,46 +122,72 @@ impl FromStr for DiffId {
     }
 }
 
+/// Whether an archive is hashed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hashing {
+    /// Its digest is not wanted: hashing costs more than all the rest of a conversion.
+    Skip,
+    /// Its digest is wanted.
+    Compute,
+    /// Its digest must be this one.
+    Expect(DiffId),
+}
+
 /// What came of an archive.
 #[derive(Debug)]
 pub struct Converted {
     /// The image.
     pub written: Written,
-    /// Digest of the plain archive.
-    pub diff_id: DiffId,
+    /// Digest of the plain archive, unless [`Hashing::Skip`].
+    pub diff_id: Option<DiffId>,
     /// The root hides all layers below.
     pub opaque: bool,
 }
 
-/// Converts an archive into `image`, an empty file opened for writing, on up to three threads. With `expected` the archive's digest
-/// must be that. After an error the file holds no image, and is the caller's to remove.
+/// Converts an archive into `image`, an empty file opened for writing, on up to three threads. After an error the file holds no
+/// image, and is the caller's to remove.
 pub fn convert(
     archive: impl Read + Send,
     image: &File,
     limits: &Limits,
-    expected: Option<DiffId>,
+    hashing: Hashing,
 ) -> Result<Converted, TarError> {
     std::thread::scope(|scope| {
-        let input = Input::start(scope, archive).map_err(TarError::Read)?;
-        let mut archive = Archive::new(input, limits);
-        let mut layer = Layer::new(limits);
-        let mut stream = Stream::new(image).map_err(WriteError::Write)?;
-        while let Some(entry) = archive.next()? {
-            layer.add(entry, &mut archive, &mut stream)?;
-        }
-        let diff_id = DiffId(archive.finish()?);
-        if let Some(expected) = expected.filter(|expected| *expected != diff_id) {
-            return Err(TarError::DiffId { expected, found: diff_id });
-        }
-        let tree = layer.finish();
-        let written = stream.finish(&tree)?;
-        Ok(Converted { written, diff_id, opaque: tree.inodes[Tree::ROOT].is_opaque() })
+        let input = Input::start(scope, archive, hashing != Hashing::Skip).map_err(TarError::Read)?;
+        convert_input(input, image, limits, hashing)
     })
 }
 
-impl Archive<'_, Input<'_>> {
-    /// Reads what follows the end mark; returns the digest of everything.
-    fn finish(self) -> Result<[u8; 32], TarError> {
+/// The same for an archive in a file. From a plain one that is not hashed large files are copied by the kernel alone, and there is
+/// no checksum of the image.
+pub fn convert_file(archive: &File, image: &File, limits: &Limits, hashing: Hashing) -> Result<Converted, TarError> {
+    std::thread::scope(|scope| {
+        let input = Input::of_file(scope, archive, hashing != Hashing::Skip).map_err(TarError::Read)?;
+        convert_input(input, image, limits, hashing)
+    })
+}
+
+fn convert_input(input: Input, image: &File, limits: &Limits, hashing: Hashing) -> Result<Converted, TarError> {
+    let mut layer = Layer::new(limits);
+    let mut stream = Stream::new(image, !input.is_copied()).map_err(WriteError::Write)?;
+    let mut archive = Archive::new(input, limits);
+    while let Some(entry) = archive.next()? {
+        layer.add(entry, &mut archive, &mut stream)?;
+    }
+    let diff_id = archive.finish()?.map(DiffId);
+    if let (Hashing::Expect(expected), Some(found)) = (hashing, diff_id)
+        && expected != found
+    {
+        return Err(TarError::DiffId { expected, found });
+    }
+    let tree = layer.finish();
+    let written = stream.finish(&tree)?;
+    Ok(Converted { written, diff_id, opaque: tree.inodes[Tree::ROOT].is_opaque() })
+}
+
+impl Archive<'_, '_> {
+    /// Reads what follows the end mark; returns the digest of everything where it was wanted.
+    fn finish(self) -> Result<Option<[u8; 32]>, TarError> {
         let limit = self.limits().bytes;
         self.into_inner().finish(limit).map_err(|source| match source.kind() {
             io::ErrorKind::FileTooLarge => TarError::Limit { what: "bytes", limit },

@@ -99,7 +99,7 @@ impl Task for Fake {
     async fn create(&self, _: &TtrpcContext, r: api::CreateTaskRequest) -> ttrpc::Result<api::CreateTaskResponse> {
         let container: wire::Container = serde_json::from_slice(&r.options.value).expect("container");
         let lower = &container.rootfs.lowers[0];
-        assert!(lower.ends_with(".erofs"), "{lower}");
+        assert!(lower.name.ends_with(".erofs"), "{lower:?}");
         if container.spec["process"]["args"][0] == "fail" {
             return refuse(ttrpc::Code::NOT_FOUND, "exec \"fail\": no such file or directory");
         }

@@ -1,0 +1,54 @@
+#!/usr/bin/python3
+"""Measures inside the testbed, beside a containerd: layers.py [--repeat N]. All numbers are Mi, as in `bench boot`."""
+
+import argparse
+import os
+import subprocess
+import sys
+
+import peers
+from peers import Containerd, Nacelle
+from stopwatch import Failed
+from table import Table
+
+PAYLOAD = os.path.dirname(os.path.abspath(__file__))
+IMAGES = {1: "busybox", 30: "layers-30", 100: "layers-100"}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeat", type=int, default=3)
+    repeat = parser.parse_args().repeat
+    for image in IMAGES.values():
+        subprocess.run(["ctr", "image", "import", f"{PAYLOAD}/{image}.tar"], check=True, stdout=subprocess.DEVNULL)
+    runc, nacelle = Containerd("io.containerd.runc.v2"), Nacelle(memory_mib=256)
+    first = Table("B12  a container from cached layers: client → first byte of /bin/echo", "nacelle: 1 layers")
+    more = Table("     one more container of the image in a pod that runs: ctr → first byte", "nacelle: 1 layers")
+    phases = Table("     nacelle, the pod's start: duration of a phase")
+    for number in range(-1, repeat):
+        for layers, image in IMAGES.items():
+            peers.IMAGE = f"nacelle.test/{image}:latest"
+            for chance in range(3):
+                try:
+                    values = [(first, f"runc: {layers} layers", runc.run().first)]
+                    values.append((first, f"nacelle: {layers} layers", nacelle.run().first))
+                    nacelle.pod("pod")
+                    found = nacelle.phases()
+                    values += [(phases, f"{layers} layers: {name}", found[name][1]) for name in ("layers", "create pod")]
+                    values.append((more, f"nacelle: {layers} layers", nacelle.second("pod").first))
+                    nacelle.end("pod")
+                    break
+                except Failed as failure:
+                    print(f"round repeated: {failure}", file=sys.stderr)
+                    nacelle.clear()
+            else:
+                sys.exit("given up after 3 failures")
+            if number >= 0:
+                for table, row, value in values:
+                    table.add(row, value)
+    for table in (first, more, phases):
+        table.show()
+
+
+if __name__ == "__main__":
+    main()

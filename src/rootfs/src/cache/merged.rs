@@ -1,0 +1,113 @@
+//! The merged image of several cached layers (see [`crate::merge`]), kept beside them under a key made of theirs.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use super::convert::{create, protect};
+use super::sidecar::key_of_merged;
+use super::{Cache, CacheError, Layer, Outcome};
+use crate::erofs::reader::{Image, ReadAt};
+use crate::erofs::writer::{Plan, Written};
+use crate::merge::{MergeError, merge};
+
+/// From this many layers on one merged image costs the guest less than the layers themselves (`hack/bench layers`).
+const WORTH: usize = 2;
+
+impl Cache {
+    /// Puts one merged image in the place of the cached layers at the bottom of a stack, whose devices they become. Layers that
+    /// were made for one container or by others stay as they are, and so do few layers.
+    pub fn merge(&self, mut layers: Vec<Layer>) -> Result<Vec<Layer>, CacheError> {
+        let cached = |layer: &Layer| matches!(layer.outcome, Outcome::Hit | Outcome::Built | Outcome::Rebuilt);
+        let count = layers.iter().take_while(|layer| cached(layer)).count();
+        if count < WORTH {
+            return Ok(layers);
+        }
+        let above = layers.split_off(count);
+        let key = key_of_merged(layers.iter().map(|layer| layer.key.as_str()));
+        let merged = match self.hit(&key, std::time::Instant::now(), false) {
+            Some(merged) => merged,
+            None => self.build_or_wait(key, format!("{count} layers"), |temp| write_merged(&layers, temp))?,
+        };
+        Ok(std::iter::once(Layer { devices: layers, ..merged }).chain(above).collect())
+    }
+}
+
+fn write_merged(layers: &[Layer], to: &Path) -> Result<(File, Written, bool), CacheError> {
+    let failed = |source| CacheError::Merge { image: to.into(), source };
+    let pages: Vec<_> = layers.iter().map(|layer| Pages::new(&layer.file)).collect();
+    let images = pages
+        .iter()
+        .enumerate()
+        .map(|(layer, pages)| Image::open(pages).map_err(|source| failed(MergeError::Read { layer, source })));
+    let images = images.collect::<Result<Vec<_>, _>>()?;
+    let merged = merge(&images).map_err(failed)?;
+    let converting = |source| CacheError::Convert { layer: to.into(), source };
+    let plan = Plan::merged(&merged).map_err(converting)?;
+    let file = create(to)?;
+    let written = plan.write(&file).map_err(converting)?;
+    protect(&file, to)?;
+    Ok((file, written, false))
+}
+
+/// Bytes of a page of [`Pages`].
+const PAGE: usize = 64 << 10;
+/// Pages that are kept of one image.
+const KEPT: usize = 8;
+
+/// An image that is read inode by inode: a system call for each would be most of the work.
+struct Pages<'f> {
+    file: &'f File,
+    pages: RefCell<HashMap<u64, Vec<u8>>>,
+}
+
+impl<'f> Pages<'f> {
+    fn new(file: &'f File) -> Pages<'f> {
+        Pages { file, pages: RefCell::default() }
+    }
+}
+
+impl ReadAt for Pages<'_> {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        let mut pages = self.pages.borrow_mut();
+        let mut done = 0;
+        while done < buffer.len() {
+            let at = offset.checked_add(done as u64).ok_or(io::ErrorKind::UnexpectedEof)?;
+            let (number, inside) = (at / PAGE as u64, (at % PAGE as u64) as usize);
+            if pages.len() >= KEPT && !pages.contains_key(&number) {
+                pages.clear();
+            }
+            let page = match pages.entry(number) {
+                std::collections::hash_map::Entry::Occupied(page) => page.into_mut(),
+                std::collections::hash_map::Entry::Vacant(place) => place.insert(read_page(self.file, number)?),
+            };
+            let rest = page.get(inside..).filter(|rest| !rest.is_empty()).ok_or(io::ErrorKind::UnexpectedEof)?;
+            let now = rest.len().min(buffer.len() - done);
+            buffer[done..done + now].copy_from_slice(&rest[..now]);
+            done += now;
+        }
+        Ok(())
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.len())
+    }
+}
+
+fn read_page(file: &File, number: u64) -> io::Result<Vec<u8>> {
+    let mut page = vec![0; PAGE];
+    let mut filled = 0;
+    while filled < PAGE {
+        match FileExt::read_at(file, &mut page[filled..], number * PAGE as u64 + filled as u64) {
+            Ok(0) => break,
+            Ok(n) => filled += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    page.truncate(filled);
+    Ok(page)
+}

@@ -1,0 +1,46 @@
+//! Patches over the layers of one container, as one more lower on top of them.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::Instant;
+
+use super::convert::{Temporary, reopen};
+use super::sidecar::key_of;
+use super::{Cache, CacheError, Layer, Outcome, failed};
+use crate::patch::{self, LowerImage, Patch, PatchError, Sources};
+
+impl Cache {
+    /// Builds the image of `patches` over `layers` (bottom first) at `image`, a file of the caller's; `None` for no patches. Nothing of
+    /// the layers is changed.
+    pub fn patch(
+        &self,
+        layers: &[Layer],
+        patches: &[Patch],
+        sources: &Sources,
+        image: &Path,
+    ) -> Result<Option<Layer>, CacheError> {
+        let start = Instant::now();
+        let open = |layer: &Layer| {
+            let failed = |source| PatchError::Open { layer: layer.key.clone(), source };
+            Ok(LowerImage { name: layer.key.clone(), file: layer.file.try_clone().map_err(failed)? })
+        };
+        let lowers = layers.iter().map(open).collect::<Result<Vec<_>, PatchError>>()?;
+        let Some(written) = patch::build(patches, &lowers, sources, &self.limits, image)? else { return Ok(None) };
+        let temporary = Temporary(Some(image));
+        fs::set_permissions(image, fs::Permissions::from_mode(0o444)).map_err(failed("protect image", image))?;
+        let key = key_of(image).map_err(failed("read back image", image))?;
+        let file = reopen(image)?;
+        temporary.keep();
+        Ok(Some(Layer {
+            path: image.into(),
+            key,
+            size: written.size,
+            outcome: Outcome::Ephemeral,
+            took: start.elapsed(),
+            devices: Vec::new(),
+            file,
+            opaque: false,
+        }))
+    }
+}

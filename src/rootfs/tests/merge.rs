@@ -1,0 +1,97 @@
+//! Many layers as one image, against the kernel's overlay of the layers themselves (C7).
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop there")]
+
+mod common;
+
+use std::fs::{self, File};
+use std::os::unix::fs::{MetadataExt, symlink};
+use std::path::{Path, PathBuf};
+
+use common::{Dice, assert_same, convert, dir, grow_layer, mount_erofs, mount_overlay, survey, workshop};
+use nacelle_rootfs::erofs::reader::Image;
+use nacelle_rootfs::erofs::writer::Plan;
+use nacelle_rootfs::merge::merge;
+use nacelle_rootfs::tree::Tree;
+use nix::mount::{MsFlags, mount};
+use rustix::fs::XattrFlags;
+
+/// Merges images, bottom first, into `image`; returns the merged image's size.
+fn write_merged(images: &[PathBuf], image: &Path) -> u64 {
+    let files: Vec<_> = images.iter().map(|path| File::open(path).unwrap()).collect();
+    let opened: Vec<_> = files.iter().map(|file| Image::open(file).unwrap()).collect();
+    let merged = merge(&opened).unwrap();
+    let plan = Plan::merged(&merged).unwrap();
+    let mut once = Vec::new();
+    plan.write(&mut once).unwrap();
+    let mut again = Vec::new();
+    Plan::merged(&merge(&opened).unwrap()).unwrap().write(&mut again).unwrap();
+    assert!(once == again, "the same layers give the same bytes");
+    Image::open(once.as_slice()).unwrap().check().unwrap();
+    fs::write(image, &once).unwrap();
+    once.len() as u64
+}
+
+fn mount_merged(image: &Path, devices: &[PathBuf], at: &Path) -> PathBuf {
+    let at = dir(at);
+    let devices: Vec<_> = devices.iter().map(|device| format!("device={}", device.display())).collect();
+    let options = devices.join(",");
+    mount(Some(image), &at, Some("erofs"), MsFlags::MS_RDONLY, Some(options.as_str())).expect("mount merged image");
+    at
+}
+
+#[test]
+fn random_stacks_look_like_overlayfs() {
+    let workshop = workshop();
+    for seed in 1..=40u64 {
+        let mut dice = Dice(seed * 1_234_567);
+        let base = dir(workshop.path().join(seed.to_string()));
+        let (mut mounts, mut images) = (Vec::new(), Vec::new());
+        for layer in 0..2 + dice.roll(5) as u16 {
+            let mut tree = Tree { inodes: Vec::new() };
+            grow_layer(&mut tree, &mut dice, layer, 0);
+            let path = base.join(format!("{layer}.erofs"));
+            Plan::new(&tree).unwrap().write(File::create(&path).unwrap()).unwrap();
+            mounts.insert(0, mount_erofs(&path, &base.join(layer.to_string())));
+            images.push(path);
+        }
+        let overlay = mount_overlay(&mounts.iter().map(|m| m.as_path()).collect::<Vec<_>>(), &base.join("overlay"));
+        write_merged(&images, &base.join("merged.erofs"));
+        let merged = mount_merged(&base.join("merged.erofs"), &images, &base.join("merged"));
+        assert_same(&survey(&overlay), &survey(&merged));
+    }
+}
+
+/// Data in blocks, in chunks and behind inodes; hard links; attributes; replaced and removed files.
+#[test]
+fn file_data_stays_in_its_layer() {
+    let workshop = workshop();
+    let path = |name: &str| workshop.path().join(name);
+    let write = |path: PathBuf, byte: u8, len: usize| fs::write(path, vec![byte; len]).unwrap();
+    let lower = dir(path("lower"));
+    write(lower.join("large"), 1, 3_000_001);
+    write(lower.join("replaced"), 1, 100_000);
+    write(lower.join("small"), 1, 100);
+    write(lower.join("block"), 1, 4096);
+    fs::write(lower.join("empty"), "").unwrap();
+    fs::hard_link(lower.join("large"), dir(lower.join("dir")).join("large too")).unwrap();
+    common::sparse(&lower.join("sparse"), 50 << 20, &[(0, 5000), (20 << 20, 100_000), ((50 << 20) - 1, 1)]);
+    symlink("large", lower.join("link")).unwrap();
+    rustix::fs::lsetxattr(lower.join("small"), "user.kept", b"value", XattrFlags::empty()).unwrap();
+    rustix::fs::lsetxattr(lower.join("dir"), "trusted.kept", b"value", XattrFlags::empty()).unwrap();
+    let upper = dir(path("upper"));
+    write(upper.join("replaced"), 2, 200_000);
+    write(dir(upper.join("dir")).join("new"), 2, 5000);
+    let (mut images, mut mounts) = (Vec::new(), Vec::new());
+    for name in ["lower", "upper"] {
+        let image = path(&format!("{name}.erofs"));
+        convert(&path(name), &image);
+        mounts.insert(0, mount_erofs(&image, &path(&format!("{name}.d"))));
+        images.push(image);
+    }
+    let size = write_merged(&images, &path("merged.erofs"));
+    assert!(size < 64 << 10, "{size}");
+    let merged = mount_merged(&path("merged.erofs"), &images, &path("merged"));
+    let overlay = mount_overlay(&[&mounts[0], &mounts[1]], &path("overlay"));
+    assert_same(&survey(&overlay), &survey(&merged));
+    assert_eq!(fs::metadata(merged.join("sparse")).unwrap().size(), 50 << 20);
+}
