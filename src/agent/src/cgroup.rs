@@ -23,6 +23,8 @@ pub const ROOT: &str = "/sys/fs/cgroup";
 
 /// The cgroup of all containers together; the root has no numbers.
 pub const POD: &str = "/sys/fs/cgroup/pod";
+/// Its name below [`ROOT`].
+pub const POD_NAME: &str = "pod";
 
 /// How long processes may take to freeze, to thaw or to die.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -100,7 +102,7 @@ impl Cgroup {
         let Some((leaf, ancestors)) = names.split_last().filter(|_| cgroups_path.is_absolute()) else {
             return Err(CgroupError::Path(cgroups_path.to_owned()));
         };
-        let mut path = PathBuf::from(POD);
+        let mut path = PathBuf::from(ROOT);
         for name in ancestors {
             path.push(name);
             match fs::create_dir(&path) {

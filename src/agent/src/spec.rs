@@ -14,6 +14,7 @@ use oci_spec::runtime::{
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::cgroup;
 use crate::mount::rootfs_path;
 
 /// Where a program is looked for when its environment has no PATH.
@@ -133,7 +134,9 @@ pub fn plan(spec: serde_json::Value, id: &str, terminal: bool, pids: Option<u32>
     }
 
     let resources = linux.resources().clone();
-    let cgroup = linux.cgroups_path().clone().unwrap_or_else(|| Path::new("/").join(id));
+    let asked = linux.cgroups_path().clone().unwrap_or_else(|| Path::new("/").join(id));
+    // Below that of all containers; libcontainer is told the same.
+    let cgroup = Path::new("/").join(cgroup::POD_NAME).join(asked.strip_prefix("/").unwrap_or(&asked));
     let (own, sysctls) = share_out(linux.sysctl().clone().unwrap_or_default(), has);
     linux.set_seccomp(None);
     linux.set_resources(None);
@@ -309,6 +312,10 @@ mod tests {
         assert_eq!(plan.execute.capabilities.ambient(), &Some(Capabilities::new()));
         assert_eq!(plan.execute.capabilities.bounding().as_ref().map(|set| set.len()), Some(1));
         assert_eq!(plan.owner, (7, 8));
+        assert_eq!(
+            (plan.cgroup.as_path(), linux.cgroups_path().as_deref()),
+            (Path::new("/pod/c1"), Some(Path::new("/pod/c1")))
+        );
         assert!(process.env().as_ref().is_some_and(|env| env.iter().any(|v| v.starts_with("PATH="))));
     }
 
