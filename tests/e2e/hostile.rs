@@ -53,7 +53,9 @@ fn shim_peak(id: &str) -> u64 {
 
 fn guests(node: &Node) {
     let resident = node.resident();
-    for behaviour in BEHAVIOURS.iter().filter(|behaviour| !TOO_SLOW.contains(&behaviour.name)) {
+    let wanted = std::env::var("NACELLE_BEHAVIOURS").unwrap_or_default();
+    let chosen = |name: &str| wanted.is_empty() || wanted.split(',').any(|one| one == name);
+    for behaviour in BEHAVIOURS.iter().filter(|b| chosen(b.name) && !TOO_SLOW.contains(&b.name)) {
         let Behaviour { name, fate } = *behaviour;
         eprintln!("    {name}");
         let log = node.log_length();
@@ -73,10 +75,11 @@ fn guests(node: &Node) {
                 neighbour_works(&resident);
             }
             _ => {
-                let started = c.start(&["--detach"]).run();
+                c.start(&["--detach"]).run();
                 drop(configured);
-                hostile(node, &resident, &c, behaviour, started.to_string());
-                if let Fate::Ended(words) = fate {
+                hostile(node, &resident, &c, behaviour);
+                // Clients are told the half of it: `ctr tasks metrics` that there are none.
+                if let Fate::Ended(words) | Fate::Fails(words) = fate {
                     assert!(node.logged_since(log, words), "{name}: nobody said {words:?}");
                 }
             }
@@ -86,14 +89,12 @@ fn guests(node: &Node) {
 }
 
 /// What follows once the container of a hostile guest has been created.
-fn hostile(node: &Node, resident: &Container<'_>, c: &Container<'_>, behaviour: &Behaviour, mut said: String) {
-    let Behaviour { name, fate } = *behaviour;
+fn hostile(node: &Node, resident: &Container<'_>, c: &Container<'_>, behaviour: &Behaviour) {
+    let name = behaviour.name;
     neighbour_works(resident);
     for what in ["ps", "metrics"] {
-        said += &node.ctr(["tasks", what, c.id()]).run().to_string();
-    }
-    if let Fate::Fails(words) = fate {
-        assert!(said.contains(words), "{name}: {words:?} is not in\n{said}");
+        // It may fail, or be answered with nonsense; it must be answered.
+        node.ctr(["tasks", what, c.id()]).run();
     }
     neighbour_works(resident);
     let peak = shim_peak(c.id());

@@ -3,8 +3,9 @@
 //!
 //! Environment: `NACELLE_CONTAINERD` (`1.7` or `2.1`), `NACELLE_CONTAINERD_BIN` (directory of the binaries instead),
 //! `NACELLE_RUNTIME` (the runtime under test), `NACELLE_IMAGES` (directory of the image archives), `NACELLE_E2E_DIR`,
-//! `NACELLE_KERNEL` (`own` or `libkrunfw`), `NACELLE_VCPUS` (of every machine),
-//! `NACELLE_SLOWNESS` (how much slower than an idle machine this one is).
+//! `NACELLE_KERNEL` (`own` or `libkrunfw`), `NACELLE_VCPUS` (of every machine), `NACELLE_SLOWNESS` (how much slower than an
+//! idle machine this one is), `NACELLE_HOSTILE` (the program of hostile guests), `NACELLE_BEHAVIOURS` (which of theirs to
+//! play, with commas between; all without it).
 //!
 //! The harness is libtest-mimic, as two things are beyond the standard one: containerd must end with the tests, and
 //! what is ignored depends on the runtime. Every test must leave the node as it found it; the harness looks.

@@ -12,8 +12,7 @@ use async_trait::async_trait;
 use containerd_shim_protos::shim_async::create_task;
 use nacelle_protocol::agent::{
     Agent, ConfigureRequest, ConfigureResponse, EventsRequest, EventsResponse, ForwardRequest, ForwardResponse,
-    RefreshRequest, RefreshResponse,
-    SetTimeRequest, SetTimeResponse, ShutdownRequest, ShutdownResponse, create_agent,
+    RefreshRequest, RefreshResponse, SetTimeRequest, SetTimeResponse, ShutdownRequest, ShutdownResponse, create_agent,
 };
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};

@@ -18,15 +18,9 @@ use containerd_shim_protos::api;
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim_async::{Client, TaskClient};
 use nacelle_protocol::agent::{
-<<<<<<< ours
     AgentClient, CONTAINER_TYPE, ConfigureRequest, Container, Event as WireEvent, EventsRequest, ForwardRequest,
     LAYERS_DIR, LAYERS_TAG, MAX_PIDS, Network, RefreshRequest, SetTimeRequest, Share, ShutdownRequest, UPPER_SERIAL,
     VOLUMES_DIR, VOLUMES_TAG, event::What,
-=======
-    AgentClient, CONTAINER_TYPE, ConfigureRequest, Container, Event as WireEvent, EventsRequest, LAYERS_DIR,
-    LAYERS_TAG, MAX_PIDS, RefreshRequest, SetTimeRequest, Share, ShutdownRequest, UPPER_SERIAL, VOLUMES_DIR,
-    VOLUMES_TAG, event::What,
->>>>>>> theirs
 };
 use nacelle_protocol::ids::{ContainerId, ExecId};
 use nacelle_protocol::stream::{Answer, Kind, PREAMBLE_LEN, Preamble, Status};

@@ -269,8 +269,7 @@ impl Host {
                 let label = network::label(&env.namespace, &env.sandbox);
                 let (netns, netns_path) = (OnceLock::new(), None);
                 let cgroups = Vec::new();
-                let host =
-                    Self { dirs, slot, cgroups, agent, label, netns, netns_path, vmm, config, socket, record };
+                let host = Self { dirs, slot, cgroups, agent, label, netns, netns_path, vmm, config, socket, record };
                 host.write_state(None).inspect_err(|_| host.remove())?;
                 Ok(host)
             }
