@@ -432,6 +432,7 @@ impl Pod {
     ///
     /// # Errors
     /// [`PodError`]; there is no VM then. The host's side is left to the caller.
+    #[expect(clippy::too_many_arguments, reason = "all that a start is made of, put together in one place")]
     pub async fn boot(
         env: &Env,
         host: Arc<Host>,

@@ -93,6 +93,6 @@ mod tests {
     fn taps_stand_at_the_end() {
         let tap = |request: &u64| request >> 8 & 0xff == u64::from(b'T') && *request != 0x5401;
         assert_eq!(WIRED.iter().filter(|r| tap(r)).count(), TAP);
-        assert!(!REQUESTS.iter().any(|r| tap(r)));
+        assert!(!REQUESTS.iter().any(tap));
     }
 }
