@@ -39,11 +39,12 @@ const COMMAND_LINE_FRAME: usize = 16;
 /// Every word has a reason: the console is hvc0 and there is no other, so nothing is probed for; `quiet` keeps boot
 /// messages off a slow console and lets errors through; `reboot=k` and `panic=-1` make both a reboot and a panic pulse
 /// the keyboard controller, which is the one way out of the machine that libkrun watches on x86_64; `no-kvmapf` because
-/// libkrun takes no asynchronous page faults; `maxcpus=1`, as each further CPU costs a good part of a boot, so the agent brings
+/// libkrun takes no asynchronous page faults; `dummy.numdummies=0` because a pod has the interfaces that it was given
+/// and no `dummy0` besides; `maxcpus=1`, as each further CPU costs a good part of a boot, so the agent brings
 /// them up when it has called home; `swiotlb=noforce`, as no device here needs the bounce buffers (64 MiB) that a large guest
 /// would set aside; the root is the first disk, which [`crate::krun`] adds before all others.
-const COMMAND_LINE: &str = "console=hvc0 quiet reboot=k panic=-1 no-kvmapf maxcpus=1 swiotlb=noforce root=/dev/vda \
-                            rootfstype=erofs ro init=/agent";
+const COMMAND_LINE: &str = "console=hvc0 quiet reboot=k panic=-1 no-kvmapf dummy.numdummies=0 maxcpus=1 swiotlb=noforce \
+                            root=/dev/vda rootfstype=erofs ro init=/agent";
 
 /// Smallest guest that is worth starting, in MiB: the kernel alone takes some 40.
 pub const MIN_MEMORY_MIB: u32 = 64;
