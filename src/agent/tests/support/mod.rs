@@ -441,8 +441,12 @@ pub fn traces() -> Vec<String> {
         let entries = std::fs::read_dir(Path::new("/run/nacelle").join(directory));
         traces.extend(entries.into_iter().flatten().flatten().map(|e| e.path().display().to_string()));
     }
-    let cgroups = std::fs::read_dir("/sys/fs/cgroup").expect("cgroup").flatten();
-    traces.extend(cgroups.filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).map(|e| e.path().display().to_string()));
+    // The pod's own stays for the next container.
+    for directory in ["/sys/fs/cgroup", nacelle_agent::cgroup::POD] {
+        let cgroups = std::fs::read_dir(directory).into_iter().flatten().flatten();
+        let cgroups = cgroups.filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).map(|e| e.path());
+        traces.extend(cgroups.map(|p| p.display().to_string()).filter(|p| p != nacelle_agent::cgroup::POD));
+    }
     traces
 }
 
