@@ -185,8 +185,9 @@ impl World {
         rustix::process::set_child_subreaper(Some(rustix::process::getpid())).expect("subreaper");
         let root = tempfile::tempdir().expect("tempdir");
         let path = |name: &str| root.path().join(name);
-        let vmm =
-            "#!/bin/sh\ncat <&3 >/dev/null\n(exec sleep 600) &\necho '{\"report\":\"started\",\"pid\":'$!'}' >&4\n";
+        // As the real one, in a network namespace of its own.
+        let vmm = "#!/bin/sh\n[ \"$1\" = in ] || exec unshare --net \"$0\" in\n\
+                   cat <&3 >/dev/null\n(exec sleep 600) &\necho '{\"report\":\"started\",\"pid\":'$!'}' >&4\n";
         std::fs::write(path("vmm"), vmm).expect("write");
         std::fs::set_permissions(path("vmm"), std::fs::Permissions::from_mode(0o755)).expect("chmod");
         let config = format!(
