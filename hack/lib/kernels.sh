@@ -1,22 +1,20 @@
 # shellcheck shell=bash
 # The guest kernels that a machine with nacelle on it has. Source after common.sh.
 
-# guest_kernel WHICH: prints the path of a vmlinux. WHICH is own (built if need be), libkrunfw, or auto: our own where it
-# has been built, else libkrunfw's, as building takes minutes.
+# guest_kernel WHICH: prints the path of a vmlinux. WHICH is own (built if need be) or libkrunfw.
 guest_kernel() {
     case $1 in
         own) "$HACK/kernel" | sed 's,$,/vmlinux,' ;;
         libkrunfw) "$HACK/guest-kernel" ;;
-        auto) guest_kernel "$("$HACK/kernel" --built >/dev/null 2>&1 && echo own || echo libkrunfw)" ;;
-        *) die "no guest kernel named $1: own, libkrunfw or auto" ;;
+        *) die "no guest kernel named $1: own or libkrunfw" ;;
     esac
 }
 
-# guest_kernels DIR: puts into DIR `vmlinux`, which pods run by default (NACELLE_KERNEL says which one, default auto), and
+# guest_kernels DIR: puts into DIR `vmlinux`, which pods run by default (NACELLE_KERNEL says which one, default libkrunfw), and
 # `vmlinux-libkrunfw`, the one that can lend the host's network.
 guest_kernels() {
     local default libkrunfw
-    default=$(guest_kernel "${NACELLE_KERNEL:-auto}")
+    default=$(guest_kernel "${NACELLE_KERNEL:-libkrunfw}")
     libkrunfw=$(guest_kernel libkrunfw)
     mkdir -p "$1"
     install -m 644 "$default" "$1/vmlinux"
