@@ -190,7 +190,7 @@ fn packages_are_installed(node: &Node) {
     // Package managers do what file systems are asked for seldom: rename over what is there, link, sync, lock.
     let image = node.image("debian-python");
     let script = "set -e; mkdir -p /var/lib/dpkg/info /var/lib/dpkg/updates; : >/var/lib/dpkg/status; \
-                  dpkg --force-depends --force-not-root -i /app/packages/hello.deb >/dev/null 2>&1; hello; \
+                  dpkg --force-depends --force-not-root --force-bad-path -i /app/packages/hello.deb >/dev/null 2>&1; hello; \
                   dpkg -s hello | grep ^Status; \
                   python3 /usr/share/python-wheels/pip-*.whl/pip install --quiet --no-index --break-system-packages \
                   --root-user-action=ignore /app/packages/greeting-1.0-py3-none-any.whl; \

@@ -6,6 +6,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
+use nacelle_protocol::agent::UPPER_DIR;
 use nacelle_protocol::features;
 use rustix::fs::{Mode, OFlags, openat};
 use rustix::io::Errno;
@@ -15,13 +16,13 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, 
 /// The word on the command line by which libkrun asks the kernel to let the VMM make its sockets.
 const HIJACK: &str = "tsi_hijack";
 
-/// Names of all that this kernel has. `clock` is whether the host's clock answers.
+/// Names of all that this kernel has. `clock` is whether the host's clock answers. The upper's disk is mounted.
 pub fn found(clock: bool) -> Vec<String> {
     let there = |path: &str| Path::new(path).exists();
     let found = [
         (features::PRESSURE, there("/proc/pressure/memory")),
         (features::QUOTA, there("/proc/sys/fs/quota")),
-        (features::ACL, keeps_acls(Path::new("/run"))),
+        (features::ACL, keeps_acls(Path::new(UPPER_DIR))),
         (features::NFTABLES, nftables()),
         (features::IPTABLES_LEGACY, there("/proc/net/ip_tables_names")),
         (features::LANDLOCK, security_modules().is_ok_and(|list| has_word(&list, ',', "landlock"))),
