@@ -25,7 +25,6 @@ pub const CASES: &[Case] = &[
     Case::new("file_system_semantics", file_system_semantics),
     Case::new("a_full_upper_harms_nobody_else", a_full_upper_harms_nobody_else),
     Case::new("patches_by_configuration_and_annotation", patches_by_configuration_and_annotation),
-    Case::new("packages_are_installed", packages_are_installed),
     Case::new("images_that_the_snapshotter_made", images_that_the_snapshotter_made),
 ];
 
@@ -184,19 +183,6 @@ fn patches_by_configuration_and_annotation(node: &Node) {
     run.expect_failure(&["apply patch 0 to /stolen", "patch-source"]);
     drop(configured);
     assert_eq!(node.run(&["--rm"], BUSYBOX, &["sh", "-c", "test -d /home && echo there"]).ok().text(), "there");
-}
-
-fn packages_are_installed(node: &Node) {
-    // Package managers do what file systems are asked for seldom: rename over what is there, link, sync, lock.
-    let image = node.image("debian-python");
-    let script = "set -e; mkdir -p /var/lib/dpkg/info /var/lib/dpkg/updates; : >/var/lib/dpkg/status; \
-                  dpkg --force-depends --force-not-root --force-bad-path -i /app/packages/hello.deb >/dev/null 2>&1; hello; \
-                  dpkg -s hello | grep ^Status; \
-                  python3 /usr/share/python-wheels/pip-*.whl/pip install --quiet --no-index --break-system-packages \
-                  --root-user-action=ignore /app/packages/greeting-1.0-py3-none-any.whl; \
-                  python3 -c 'import greeting; print(greeting.WORDS)'";
-    let run = node.run(&["--rm"], &image, &["sh", "-c", script]).within(patience() * 6).ok();
-    assert_eq!(run.text(), "Hello, world!\nStatus: install ok installed\nhello from a wheel", "{run}");
 }
 
 /// The mounts of containerd's erofs snapshotter, from 2.2 on, reach the shim as they are.
