@@ -96,16 +96,25 @@ def die_with_parent():
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def follow(streams, deadline):
-    """The exit code, once every stream has ended. None when there is none, TimeoutError when it takes too long."""
+class Silence(TimeoutError):
+    """Nothing was heard for too long."""
+
+
+def follow(streams, deadline, silence):
+    """The exit code, once every stream has ended. None when there is none, TimeoutError when it takes too long, Silence
+    when there is nothing to read for `silence` seconds."""
+    heard = time.monotonic()
     selector = selectors.DefaultSelector()
     for stream in streams:
         selector.register(stream.here, selectors.EVENT_READ, stream)
     while selector.get_map():
-        left = None if deadline is None else deadline - time.monotonic()
+        ends = [(deadline, TimeoutError), (heard + silence if silence else None, Silence)]
+        end, error = min(((end, error) for end, error in ends if end is not None), key=lambda pair: pair[0], default=(None, None))
+        left = None if end is None else end - time.monotonic()
         if left is not None and left <= 0:
-            raise TimeoutError
+            raise error
         for key, _ in selector.select(left):
+            heard = time.monotonic()
             if not key.data.read():
                 selector.unregister(key.fileobj)
     codes = {stream.code for stream in streams}
@@ -134,7 +143,11 @@ def run(options, unpack):
         for end in (monitor, *streams):
             end.there.close()
         try:
-            code = follow(streams, deadline)
+            code = follow(streams, deadline, options.silence)
+        except Silence:
+            monitor.question_kernel()
+            complain(f"nothing heard for {options.silence:g} s", options.console)
+            code = NO_ANSWER
         except TimeoutError:
             monitor.question_kernel()
             complain(f"no end after {options.timeout:g} s", options.console)
@@ -164,6 +177,7 @@ def main():
     parser.add_argument("--token", required=True, help="what ends a stream")
     parser.add_argument("--console", required=True, help="file that QEMU writes the kernel's console to")
     parser.add_argument("--timeout", type=float, help="seconds")
+    parser.add_argument("--silence", type=float, help="seconds without output after which the machine counts as dead")
     parser.add_argument("--out", help="directory for the files that the machine left in /out")
     parser.add_argument("--tty", action="store_true", help="the machine's terminal is ours")
     parser.add_argument("--remove", help="directory to remove at the end")

@@ -75,9 +75,14 @@ fn guests(node: &Node) {
                 neighbour_works(&resident);
             }
             _ => {
-                c.start(&["--detach"]).run();
+                let started = c.start(&["--detach"]).run();
                 drop(configured);
-                hostile(node, &resident, &c, behaviour);
+                if matches!(fate, Fate::Ended(_)) && started.code != 0 {
+                    // Found out before its container was there.
+                    neighbour_works(&resident);
+                } else {
+                    hostile(node, &resident, &c, behaviour);
+                }
                 // Clients are told the half of it: `ctr tasks metrics` that there are none.
                 if let Fate::Ended(words) | Fate::Fails(words) = fate {
                     assert!(node.logged_since(log, words), "{name}: nobody said {words:?}");
