@@ -347,11 +347,7 @@ async fn send_source(
     credit: &watch::Sender<u32>,
 ) -> Result<tokio::net::unix::OwnedWriteHalf, PumpError> {
     loop {
-        let most = match wallet.wait_for(|have| *have > 0).await {
-            Ok(have) => (*have as usize).min(CHUNK),
-            // The sender is on the caller's stack.
-            Err(_) => return Ok(socket),
-        };
+        let Some(most) = affordable(&mut wallet).await else { return Ok(socket) };
         // An idle connection holds no buffer.
         source.readable().await?;
         let mut frame = vec![0; HEADER_LEN + most];
@@ -368,6 +364,12 @@ async fn send_source(
         credit.send_modify(|have| *have -= n as u32);
         socket.write_all(&frame).await?;
     }
+}
+
+/// Waits until there is credit; how many bytes one frame may carry. `None` when there will be none.
+async fn affordable(wallet: &mut watch::Receiver<u32>) -> Option<usize> {
+    // The sender is on the stack of the caller's caller.
+    wallet.wait_for(|have| *have > 0).await.ok().map(|have| (*have as usize).min(CHUNK))
 }
 
 async fn grants(mut socket: impl AsyncRead + Unpin, credit: &watch::Sender<u32>) -> Result<(), PumpError> {
@@ -393,11 +395,7 @@ async fn send(
     credit: &watch::Sender<u32>,
 ) -> Result<tokio::net::unix::OwnedWriteHalf, PumpError> {
     loop {
-        let most = match wallet.wait_for(|have| *have > 0).await {
-            Ok(have) => (*have as usize).min(CHUNK),
-            // The sender is on the caller's stack.
-            Err(_) => return Ok(socket),
-        };
+        let Some(most) = affordable(&mut wallet).await else { return Ok(socket) };
         tokio::select! {
             ready = source.readable() => ready?,
             // Also when the shim lets go of the stream altogether.
