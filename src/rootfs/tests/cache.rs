@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use common::{assert_same, assert_sound, dir, mount_erofs, run, survey, tmpfs, workshop};
+use common::{assert_same, assert_sound, between_starts, dir, mount_erofs, run, survey, tmpfs, workshop};
 use nacelle_rootfs::patch::{Sources, decode};
 use nacelle_rootfs::plan::plan;
 use nacelle_rootfs::tar::DiffId;
@@ -361,7 +361,9 @@ fn layers_are_merged_once() {
     fs::remove_file(&image).unwrap();
     fs::write(&image, bytes).unwrap();
     drop(merged(Outcome::Rebuilt));
+    let quiet = between_starts();
     assert_eq!(shop.cache.gc(0).unwrap().removed.len(), 4);
+    drop(quiet);
     // Alone it stays as it is.
     let one = shop.cache.merge(shop.acquire(&lowers[..1]).unwrap()).unwrap();
     assert_eq!((one.len(), one[0].devices.len()), (1, 0));
@@ -438,6 +440,7 @@ fn collection() {
     }
     shop.cache.link_into(&layers[1], &shop.path("scratch"), "b").unwrap();
     let size = layers[0].size;
+    let quiet = between_starts();
     drop(layers.drain(..3)); // "d" is still held
     let listed = shop.cache.ls().unwrap();
     assert_eq!(listed.iter().map(|i| &i.key).collect::<Vec<_>>(), keys.iter().collect::<Vec<_>>());
@@ -453,6 +456,7 @@ fn collection() {
     fs::remove_file(shop.path("scratch/b")).unwrap();
     drop(layers);
     assert_eq!(shop.cache.gc(0).unwrap().kept, 0);
+    drop(quiet);
     assert!(shop.files(STORE).is_empty(), "{:?}", shop.files(STORE));
 }
 

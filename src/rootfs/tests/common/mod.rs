@@ -7,7 +7,8 @@ use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{RwLock, RwLockWriteGuard};
 
 use nacelle_rootfs::erofs::reader::Image;
 use nacelle_rootfs::erofs::writer::{Plan, Written};
@@ -60,9 +61,23 @@ pub fn sparse(path: &Path, size: u64, parts: &[(u64, usize)]) {
     parts.iter().for_each(|&(at, len)| file.write_all_at(&vec![0xa5; len], at).unwrap());
 }
 
+/// Held for reading while a program starts.
+static STARTS: RwLock<()> = RwLock::new(());
+
+/// No program is being started by another test as long as the value lives: between its fork and its exec a child holds
+/// every lock on a file that its parent held.
+pub fn between_starts() -> RwLockWriteGuard<'static, ()> {
+    STARTS.write().unwrap()
+}
+
 /// Runs a program that must succeed. `package` is where Debian has it.
 pub fn run(package: &str, program: &str, args: &[&dyn AsRef<std::ffi::OsStr>]) -> Output {
-    let output = Command::new(program).args(args.iter().map(|a| a.as_ref())).env("PATH", path()).output();
+    let mut command = Command::new(program);
+    command.args(args.iter().map(|a| a.as_ref())).env("PATH", path()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let starting = STARTS.read().unwrap();
+    let started = command.stdin(Stdio::null()).spawn();
+    drop(starting);
+    let output = started.and_then(Child::wait_with_output);
     let output = output.unwrap_or_else(|e| panic!("run {program} (package {package}): {e}"));
     assert!(output.status.success(), "{program}: {output:?}");
     output
