@@ -156,7 +156,7 @@ impl Driver {
             jobs,
             terminate,
             tasks: JoinSet::new(),
-            sandbox: Sandbox::new(),
+            sandbox: Sandbox::default(),
             open: HashMap::new(),
             outputs: HashMap::new(),
             containers: BTreeMap::new(),

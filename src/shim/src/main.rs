@@ -1,75 +1,11 @@
-//! `containerd-shim-nacelle-v2`: containerd's side of a pod in a microVM.
-//!
-//! ```text
-//!  start, delete, -info, -v ── one shot, no threads
-//!  serve ── service ── driver ─┬─ sandbox          what is allowed, and in which order
-//!                              ├─ perform          what it takes
-//!                              │    ├─ bundle, spec, config        read and checked
-//!                              │    ├─ pod: state, cgroup, volumes  on the host
-//!                              │    ├─ mirror                      volumes that change while somebody watches
-//!                              │    ├─ network                     the pod's interfaces
-//!                              │    ├─ vm, guest, tail             the VMM and the agent
-//!                              │    └─ stdio, stream, hooks
-//!                              └─ events, publisher                what containerd hears
-//! ```
-//!
-//! The shim knows nothing of how EROFS is laid out, of libkrun, of seccomp, and of how the guest mounts.
+//! `containerd-shim-nacelle-v2`: one program for all that containerd asks of a shim.
 
-mod annotations;
-mod args;
-mod bootstrap;
-mod bundle;
-mod cgroup;
-mod conduct;
-mod config;
-mod delete;
-mod driver;
-mod events;
-mod guest;
-mod hooks;
-mod info;
-mod mirror;
-mod network;
-mod patches;
-mod perform;
-mod pod;
-mod pod_config;
-mod publisher;
-mod sandbox;
-mod sandbox_api;
-mod server;
-mod service;
-mod spec;
-mod start;
-mod state;
-mod status;
-mod stdio;
-mod stream;
-mod tail;
-mod task;
-mod vm;
-mod volumes;
-mod wire;
-
-use std::error::Error;
 use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::bail;
-
-use crate::args::Args;
-
-/// An error and its causes, in one line.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        source = error.source();
-    }
-    text
-}
+use nacelle_shim::args::Args;
+use nacelle_shim::{delete, info, server, start};
 
 fn main() -> ExitCode {
     match run() {

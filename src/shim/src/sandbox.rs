@@ -249,12 +249,14 @@ impl Process {
     }
 }
 
-impl Sandbox {
+impl Default for Sandbox {
     /// A sandbox without a VM.
-    pub fn new() -> Self {
+    fn default() -> Self {
         Self { vm: Vm::Cold, containers: BTreeMap::new(), in_flight: HashMap::new(), lost: None }
     }
+}
 
+impl Sandbox {
     /// What can be seen of a process; `None` where there is none, or not yet.
     pub fn snapshot(&self, key: &ProcessKey) -> Option<Snapshot> {
         let container = self.containers.get(&key.container)?;

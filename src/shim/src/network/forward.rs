@@ -37,16 +37,22 @@ const BACKLOG: i32 = 4096;
 /// Why a connection is not forwarded.
 #[derive(Debug, Error)]
 pub enum ForwardError {
+    /// The kernel does not say where it was meant to go.
     #[error("find destination of a connection")]
     Destination(#[source] nix::Error),
+    /// The shim has no randomness for the names of streams.
     #[error("make streams")]
     Streams(#[source] io::Error),
+    /// The guest does not take it.
     #[error(transparent)]
     Guest(#[from] GuestError),
+    /// The guest went away.
     #[error("the guest is gone")]
     Gone,
+    /// Its streams broke.
     #[error(transparent)]
     Pump(#[from] PumpError),
+    /// The connection itself broke.
     #[error("use connection")]
     Socket(#[from] io::Error),
 }

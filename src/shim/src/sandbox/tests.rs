@@ -16,7 +16,7 @@ const EXIT: Exit = Exit { status: 3, at_ns: 7 };
 
 /// A sandbox with one running container; the next token is 3.
 fn running(name: &str) -> Sandbox {
-    let mut sandbox = Sandbox::new();
+    let mut sandbox = Sandbox::default();
     assert_eq!(sandbox.apply(Event::Request(1, Request::Create(id(name)))), [Action::Perform(1)]);
     sandbox.apply(Event::Done(1, Ok(100)));
     sandbox.apply(Event::Request(2, Request::Start(key(name, None))));
@@ -117,7 +117,7 @@ fn the_vm_takes_everything_with_it() {
 
 #[test]
 fn a_container_that_never_started_is_killed_before_it_is_deleted() {
-    let mut s = Sandbox::new();
+    let mut s = Sandbox::default();
     s.apply(Event::Request(1, Request::Create(id("c1"))));
     assert_eq!(refused(&s.apply(Event::Request(2, Request::Create(id("c2"))))), Some(Refusal::Booting));
     assert_eq!(refused(&s.apply(Event::Request(3, Request::Create(id("c1"))))), Some(Refusal::Exists));
@@ -130,7 +130,7 @@ fn a_container_that_never_started_is_killed_before_it_is_deleted() {
 
 #[test]
 fn a_failed_boot_leaves_nothing() {
-    let mut s = Sandbox::new();
+    let mut s = Sandbox::default();
     s.apply(Event::Request(1, Request::Create(id("c1"))));
     assert_eq!(s.apply(Event::Done(1, Err(()))), [Action::Answer(1, Answer::Performed)]);
     assert!(s.cold() && s.snapshot(&key("c1", None)).is_none());
@@ -221,7 +221,7 @@ impl Observer {
 fn random_sequences_keep_the_promises() {
     for seed in 1..=2000u64 {
         let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-        let mut sandbox = Sandbox::new();
+        let mut sandbox = Sandbox::default();
         let mut observer = Observer::default();
         let mut deleted_execs: HashSet<ProcessKey> = HashSet::new();
         for step in 0..200u64 {
