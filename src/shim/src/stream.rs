@@ -355,15 +355,28 @@ async fn send_source(
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => continue,
             other => other?,
         };
-        if n == 0 {
-            socket.write_all(&Header::EOF.encode()).await?;
+        if !send_frame(&mut socket, frame, n, credit).await? {
             return Ok(socket);
         }
-        frame.truncate(HEADER_LEN + n);
-        frame[..HEADER_LEN].copy_from_slice(&Header::data(n as u32).encode());
-        credit.send_modify(|have| *have -= n as u32);
-        socket.write_all(&frame).await?;
     }
+}
+
+/// Sends the first `n` bytes behind the room for a header, and pays for them; none are the end. Whether it goes on.
+async fn send_frame(
+    socket: &mut (impl AsyncWrite + Unpin),
+    mut frame: Vec<u8>,
+    n: usize,
+    credit: &watch::Sender<u32>,
+) -> io::Result<bool> {
+    if n == 0 {
+        socket.write_all(&Header::EOF.encode()).await?;
+        return Ok(false);
+    }
+    frame.truncate(HEADER_LEN + n);
+    frame[..HEADER_LEN].copy_from_slice(&Header::data(n as u32).encode());
+    credit.send_modify(|have| *have -= n as u32);
+    socket.write_all(&frame).await?;
+    Ok(true)
 }
 
 /// Waits until there is credit; how many bytes one frame may carry. `None` when there will be none.
@@ -415,13 +428,8 @@ async fn send(
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => continue,
             Err(e) => return Err(e.into()),
         };
-        if n == 0 {
-            socket.write_all(&Header::EOF.encode()).await?;
+        if !send_frame(&mut socket, frame, n, credit).await? {
             return Ok(socket);
         }
-        frame.truncate(HEADER_LEN + n);
-        frame[..HEADER_LEN].copy_from_slice(&Header::data(n as u32).encode());
-        credit.send_modify(|have| *have -= n as u32);
-        socket.write_all(&frame).await?;
     }
 }
