@@ -4,10 +4,11 @@
 # e2e_payload DIR: the tests' program, the program of guests that misbehave, and the images that the tests import.
 e2e_payload() {
     local dir=$1 program image
-    program=$(cargo test --package nacelle-tests --test e2e --no-run --message-format=json |
+    # --workspace: with the features that all dependencies have been built with already.
+    program=$(cargo test --workspace --test e2e --no-run --message-format=json |
         python3 -c 'import json, sys; print([e for e in map(json.loads, sys.stdin) if e.get("executable")][-1]["executable"])') || return
     strip -o "$dir/e2e" "$program" || return
-    cargo build --quiet --package hostile-guest || return
+    cargo build --quiet --workspace --bin hostile-guest || return
     strip -o "$dir/hostile-guest" "$(dirname "$(dirname "$program")")/hostile-guest" || return
     mkdir "$dir/images" || return
     for image in busybox layers-30 layers-100 debian-python debian-tools; do
