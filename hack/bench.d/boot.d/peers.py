@@ -43,21 +43,28 @@ class Containerd:
         return Run(["ctr", "run", "--rm", *self.options, *options, IMAGE, name or self.name(), *command], want=want)
 
     def pod(self, name):
-        """Starts a pod with one container that waits."""
-        kind = ["--annotation", "io.kubernetes.cri.container-type=sandbox"]
-        kind += ["--annotation", f"io.kubernetes.cri.sandbox-id={name}"]
-        return Run(["ctr", "run", "--detach", *self.options, *kind, IMAGE, name, "/bin/sleep", "10000"], want="")
+        """Starts a pod, and one container in it that waits."""
+        for kind, container in (("sandbox", name), ("container", f"{name}-main")):
+            labels = self.labels(kind, name)
+            Run(["ctr", "run", "--detach", *self.options, *labels, IMAGE, container, "/bin/sleep", "10000"], want="")
+
+    @staticmethod
+    def labels(kind, pod):
+        """What says that a container is the pod's first, or another."""
+        pairs = {"container-type": kind, "sandbox-id": pod}
+        return [word for name, value in pairs.items() for word in ("--annotation", f"io.kubernetes.cri.{name}={value}")]
 
     def second(self, pod):
         """One more container in the pod, to its first byte and its end."""
-        kind = ["--annotation", "io.kubernetes.cri.container-type=container"]
-        return self.run(options=[*kind, "--annotation", f"io.kubernetes.cri.sandbox-id={pod}"])
+        return self.run(options=self.labels("container", pod))
 
     def exec(self, pod):
-        return Run(["ctr", "task", "exec", "--exec-id", self.name(), pod, *ECHO], want=SAID)
+        return Run(["ctr", "task", "exec", "--exec-id", self.name(), f"{pod}-main", *ECHO], want=SAID)
 
     def end(self, pod):
-        """Kill, and everything is gone."""
+        """Kill of a pod that has nothing in it any more, and everything is gone."""
+        Run(["ctr", "task", "delete", "--force", f"{pod}-main"])
+        Run(["ctr", "container", "delete", f"{pod}-main"])
         ended = Run(["ctr", "task", "delete", "--force", pod])
         Run(["ctr", "container", "delete", pod])
         return ended
