@@ -198,7 +198,7 @@ struct Window {
 /// stream has ended.
 ///
 /// # Errors
-/// [`PumpError`]; what came before it has been delivered.
+/// [`PumpError`]. What came before a connection that broke has been delivered; what came before a breach may not have been.
 pub async fn pump_output(socket: UnixStream, sink: impl AsyncWrite + Unpin) -> Result<bool, PumpError> {
     let (reader, writer) = socket.into_split();
     let window = Mutex::new(Window { buffer: VecDeque::new(), room: WINDOW, ended: false });
@@ -212,7 +212,18 @@ pub async fn pump_output(socket: UnixStream, sink: impl AsyncWrite + Unpin) -> R
         filled.notify_one();
         result
     };
-    tokio::join!(receive, deliver(writer, sink, &window, &filled)).0
+    let deliver = deliver(writer, sink, &window, &filled);
+    tokio::pin!(deliver);
+    let result = tokio::select! {
+        result = receive => result,
+        // It goes on for as long as something may be received.
+        () = &mut deliver => return Ok(false),
+    };
+    // The pod ends for a breach: that must not wait for a sink that nobody reads.
+    if !matches!(&result, Err(e) if e.is_breach()) {
+        deliver.await;
+    }
+    result
 }
 
 async fn receive(

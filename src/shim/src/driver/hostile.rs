@@ -90,7 +90,7 @@ async fn suffer(behaviour: &Behaviour) {
     let unborn = match fate {
         Fate::Unborn(words) => Some(words),
         // It may be found out before its container is there.
-        Fate::Ended(words) if created.is_err() => Some(words),
+        Fate::Ended(words) | Fate::EndedWhenAsked(words) if created.is_err() => Some(words),
         _ => None,
     };
     if let Some(words) = unborn {
@@ -111,7 +111,7 @@ async fn suffer(behaviour: &Behaviour) {
     let Ok(Reply::Exit(_, Some(Exit { status, .. }))) = exit else { panic!("{name}: {exit:?}") };
     assert!(status == KILLED || name == "exits-before-the-start-and-again", "{name}: status {status}");
     match fate {
-        Fate::Ended(words) => {
+        Fate::Ended(words) | Fate::EndedWhenAsked(words) => {
             let why = dead_end(&world).await;
             assert!(why.contains(words), "{name}: {why}");
             assert!(why.len() < 4096, "{name}: a reason of {} bytes", why.len());
