@@ -43,13 +43,18 @@ pub struct Node {
     imported: RefCell<BTreeSet<String>>,
 }
 
+/// The version of containerd that is tested: `NACELLE_CONTAINERD`.
+pub fn containerd() -> String {
+    env::var("NACELLE_CONTAINERD").unwrap_or_else(|_| "1.7".into())
+}
+
 impl Node {
     /// Starts a containerd and gives it [`BUSYBOX`].
     ///
     /// # Panics
     /// It does not start; its log says why.
     pub fn start() -> Self {
-        let version = env::var("NACELLE_CONTAINERD").unwrap_or_else(|_| "1.7".into());
+        let version = containerd();
         let bin = env::var_os("NACELLE_CONTAINERD_BIN").map(PathBuf::from).unwrap_or_else(|| {
             let known = CONTAINERD.iter().find(|(name, _)| *name == version);
             known.unwrap_or_else(|| panic!("NACELLE_CONTAINERD={version}: neither 1.7 nor 2.1")).1.into()

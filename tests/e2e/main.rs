@@ -37,7 +37,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use nacelle_tests::{
     command::seconds,
     leftovers::Leftovers,
-    node::{Node, RESIDENT},
+    node::{Node, RESIDENT, containerd},
 };
 
 /// One test.
@@ -59,23 +59,33 @@ impl Case {
     }
 }
 
-/// The tests by theme.
-const THEMES: &[(&str, &[Case])] = &[
-    ("lifecycle", lifecycle::CASES),
-    ("stdio", stdio::CASES),
-    ("process", process::CASES),
-    ("rootfs", rootfs::CASES),
-    ("events", events::CASES),
-    ("hooks", hooks::CASES),
-    ("contract", contract::CASES),
-    ("bad_input", bad_input::CASES),
-    ("crash", crash::CASES),
-    ("hostile", hostile::CASES),
-    ("jail", jail::CASES),
-    ("network", network::CASES),
-    ("kernel", kernel::CASES),
-    ("pod_network", pod_network::CASES),
-    ("load", load::CASES),
+/// What a theme has to do with containerd.
+#[derive(Clone, Copy)]
+enum Beside {
+    /// It runs with every version.
+    Each,
+    /// containerd has no part in it, so one version is enough: this one.
+    Only(&'static str),
+}
+
+/// The tests by theme. The themes that need one version are shared out between both, so that they end at about the same time.
+const THEMES: &[(&str, Beside, &[Case])] = &[
+    ("lifecycle", Beside::Each, lifecycle::CASES),
+    ("stdio", Beside::Each, stdio::CASES),
+    ("process", Beside::Each, process::CASES),
+    ("rootfs", Beside::Each, rootfs::CASES),
+    ("events", Beside::Each, events::CASES),
+    ("hooks", Beside::Each, hooks::CASES),
+    ("contract", Beside::Each, contract::CASES),
+    ("bad_input", Beside::Each, bad_input::CASES),
+    ("crash", Beside::Each, crash::CASES),
+    ("hostile", Beside::Only("1.7"), hostile::UNBORN),
+    ("hostile", Beside::Only("2.1"), hostile::CASES),
+    ("jail", Beside::Only("1.7"), jail::CASES),
+    ("network", Beside::Each, network::CASES),
+    ("kernel", Beside::Only("1.7"), kernel::CASES),
+    ("pod_network", Beside::Only("1.7"), pod_network::CASES),
+    ("load", Beside::Each, load::CASES),
 ];
 
 /// How long after a test the last of it may still be there.
@@ -100,7 +110,8 @@ fn main() -> ExitCode {
     let clean = Leftovers::scan(&[]);
     // A test that fails panics; the harness tells of it, with the rest of what it knows.
     panic::set_hook(Box::new(|panic| *LAST_PANIC.lock().expect("nothing panics here") = panic.to_string()));
-    let conclusion = libtest_mimic::run(&arguments, trials());
+    // Who names tests wants them, whichever version is there.
+    let conclusion = libtest_mimic::run(&arguments, trials(arguments.filter.is_some()));
     if let Some(node) = NODE.lock().unwrap_or_else(PoisonError::into_inner).take() {
         node.delete_everything();
     }
@@ -122,18 +133,27 @@ fn main() -> ExitCode {
     }
 }
 
-fn trials() -> Vec<Trial> {
-    let nacelle = std::env::var("NACELLE_RUNTIME").is_ok_and(|runtime| runtime != nacelle_tests::node::NACELLE);
+fn trials(named: bool) -> Vec<Trial> {
+    let other_runtime = std::env::var("NACELLE_RUNTIME").is_ok_and(|runtime| runtime != nacelle_tests::node::NACELLE);
+    let version = containerd();
     let mut trials = Vec::new();
-    for (theme, cases) in THEMES {
+    for (theme, beside, cases) in THEMES {
+        let elsewhere = match beside {
+            Beside::Only(only) if !named && *only != version => Some(*only),
+            Beside::Each | Beside::Only(_) => None,
+        };
         for case in *cases {
             let name = format!("{theme}::{}", case.name);
+            if let Some(only) = elsewhere {
+                eprintln!("left to containerd {only}, as containerd has no part in it: {name}");
+            }
             let title = name.clone();
-            let excluded = case.only_nacelle.filter(|_| nacelle);
+            let excluded = case.only_nacelle.filter(|_| other_runtime);
             if let Some(why) = excluded {
                 eprintln!("ignored with this runtime: {name}: {why}");
             }
-            trials.push(Trial::test(name, || run(case, title)).with_ignored_flag(excluded.is_some()));
+            let ignored = excluded.is_some() || elsewhere.is_some();
+            trials.push(Trial::test(name, || run(case, title)).with_ignored_flag(ignored));
         }
     }
     trials
