@@ -17,26 +17,31 @@ use crate::layer;
 use crate::tar::{self, DiffId, Hashing, TarError};
 use crate::tree::Tree;
 
+/// The image that has been written for its one user since `start`.
+pub(super) fn ephemeral_layer(image: &Path, size: u64, opaque: bool, start: Instant) -> Result<Layer, CacheError> {
+    let key = key_of(image).map_err(failed("read back image", image))?;
+    let file = reopen(image)?;
+    Ok(Layer {
+        path: image.into(),
+        key,
+        size,
+        outcome: Outcome::Ephemeral,
+        took: start.elapsed(),
+        devices: Vec::new(),
+        file,
+        opaque,
+    })
+}
+
 impl Cache {
     /// Converts a directory that may change, for its one user.
     pub(super) fn ephemeral(&self, dir: &Path, image: &Path) -> Result<Layer, CacheError> {
         let start = Instant::now();
         let temporary = Temporary(Some(image));
-        let (file, written, opaque) = self.convert(dir, image)?;
-        let key = key_of(image).map_err(failed("read back image", image))?;
-        drop(file);
-        let file = reopen(image)?;
+        let (_, written, opaque) = self.convert(dir, image)?;
+        let layer = ephemeral_layer(image, written.size, opaque, start)?;
         temporary.keep();
-        Ok(Layer {
-            path: image.into(),
-            key,
-            size: written.size,
-            outcome: Outcome::Ephemeral,
-            took: start.elapsed(),
-            devices: Vec::new(),
-            file,
-            opaque,
-        })
+        Ok(layer)
     }
 
     /// Writes `dir`'s image to `to`, replacing what is there; says also whether its root is opaque.

@@ -5,9 +5,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Instant;
 
-use super::convert::{Temporary, reopen};
-use super::sidecar::key_of;
-use super::{Cache, CacheError, Layer, Outcome, failed};
+use super::convert::{Temporary, ephemeral_layer};
+use super::{Cache, CacheError, Layer, failed};
 use crate::patch::{self, LowerImage, Patch, PatchError, Sources};
 
 impl Cache {
@@ -29,18 +28,8 @@ impl Cache {
         let Some(written) = patch::build(patches, &lowers, sources, &self.limits, image)? else { return Ok(None) };
         let temporary = Temporary(Some(image));
         fs::set_permissions(image, fs::Permissions::from_mode(0o444)).map_err(failed("protect image", image))?;
-        let key = key_of(image).map_err(failed("read back image", image))?;
-        let file = reopen(image)?;
+        let layer = ephemeral_layer(image, written.size, false, start)?;
         temporary.keep();
-        Ok(Some(Layer {
-            path: image.into(),
-            key,
-            size: written.size,
-            outcome: Outcome::Ephemeral,
-            took: start.elapsed(),
-            devices: Vec::new(),
-            file,
-            opaque: false,
-        }))
+        Ok(Some(layer))
     }
 }
