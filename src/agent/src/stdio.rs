@@ -254,10 +254,16 @@ async fn pump_out(source: Arc<Fd>, wire: Box<dyn Connection>) {
     copy_out(source, wire).await;
 }
 
+/// Most bytes in a frame that is sent: with its header it fills one packet of vsock (VIRTIO_VSOCK_MAX_PKT_BUF_SIZE in the
+/// kernel's linux/virtio_vsock.h, 64 KiB) and not two.
+const MOST: usize = MAX_DATA - HEADER_LEN;
+
 /// Copies to the host until the source has ended, and drops it; then waits for the host to close the stream. Returns
 /// whether all went well.
 pub async fn copy_out(source: impl Borrow<Fd>, wire: Box<dyn Connection>) -> bool {
-    let credit = Credit { bytes: Mutex::new(u64::from(WINDOW)), more: Notify::new() };
+    // Whole frames of it: a remainder would go to and fro as a small frame for ever.
+    let bytes = Mutex::new((WINDOW as usize / MOST * MOST) as u64);
+    let credit = Credit { bytes, more: Notify::new() };
     let (receive, mut send) = tokio::io::split(wire);
     let receiving = receive_credit(receive, &credit);
     tokio::pin!(receiving);
@@ -280,11 +286,19 @@ async fn receive_credit(receive: impl AsyncRead + Unpin, credit: &Credit) {
 }
 
 async fn send_all(source: &Fd, send: &mut (impl AsyncWrite + Unpin), credit: &Credit) -> io::Result<()> {
+    let mut frame = Vec::new();
     loop {
-        let room = usize::try_from(credit.some().await).unwrap_or(MAX_DATA).min(MAX_DATA);
-        // An idle stream holds no buffer.
-        source.readable().await?;
-        let mut frame = vec![0; HEADER_LEN + room];
+        let room = usize::try_from(credit.some().await).unwrap_or(MOST).min(MOST);
+        tokio::select! {
+            biased;
+            ready = source.readable() => ready?,
+            // An idle stream holds no buffer.
+            () = std::future::ready(()) => {
+                frame = Vec::new();
+                source.readable().await?;
+            }
+        }
+        frame.resize(HEADER_LEN + room, 0);
         let read = source.read(&mut frame[HEADER_LEN..]).await?;
         if read == 0 {
             send.write_all(&Header::EOF.encode()).await?;

@@ -20,10 +20,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nacelle_protocol::stream::{
-    Answer, FrameKind, HEADER_LEN, Header, Kind, PREAMBLE_LEN, Preamble, Status, StreamError, WINDOW, credit_frame,
+    Answer, FrameKind, HEADER_LEN, Header, Kind, MAX_DATA, PREAMBLE_LEN, Preamble, Status, StreamError, WINDOW,
+    credit_frame,
 };
 use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::tcp::OwnedReadHalf;
 use tokio::net::unix::pipe;
 use tokio::net::{UnixListener, UnixStream};
@@ -37,7 +38,9 @@ pub const PREAMBLE_DEADLINE: Duration = Duration::from_secs(10);
 /// Connections that may be undecided at once.
 const UNDECIDED: usize = 64;
 /// Most bytes that one read or write moves.
-const CHUNK: usize = 32 << 10;
+const CHUNK: usize = MAX_DATA;
+/// Bytes that are read with a frame's header, which alone would cost as much as all of the frame.
+const AHEAD: usize = 64;
 
 /// Why a stream was cut off.
 #[derive(Debug, Error)]
@@ -186,10 +189,20 @@ impl Hub {
 /// Bytes between the socket and the sink.
 #[derive(Debug)]
 struct Window {
-    buffer: VecDeque<u8>,
+    chunks: VecDeque<Vec<u8>>,
     /// Bytes that the guest may still send.
     room: u32,
     ended: bool,
+}
+
+impl Window {
+    /// Adds what came. Small pieces share a chunk, so that what is held is never much more than what came.
+    fn push(&mut self, piece: Vec<u8>) {
+        match self.chunks.back_mut() {
+            Some(last) if last.len() + piece.len() <= CHUNK => last.extend(piece),
+            _ => self.chunks.push_back(piece),
+        }
+    }
 }
 
 /// Copies the guest's output to `sink` until the guest says that it has ended, or goes away.
@@ -201,7 +214,7 @@ struct Window {
 /// [`PumpError`]. What came before a connection that broke has been delivered; what came before a breach may not have been.
 pub async fn pump_output(socket: UnixStream, sink: impl AsyncWrite + Unpin) -> Result<bool, PumpError> {
     let (reader, writer) = socket.into_split();
-    let window = Mutex::new(Window { buffer: VecDeque::new(), room: WINDOW, ended: false });
+    let window = Mutex::new(Window { chunks: VecDeque::new(), room: WINDOW, ended: false });
     let filled = Notify::new();
     let receive = async {
         let mut reader = reader;
@@ -226,11 +239,8 @@ pub async fn pump_output(socket: UnixStream, sink: impl AsyncWrite + Unpin) -> R
     result
 }
 
-async fn receive(
-    mut socket: impl AsyncRead + Unpin,
-    window: &Mutex<Window>,
-    filled: &Notify,
-) -> Result<bool, PumpError> {
+async fn receive(socket: impl AsyncRead + Unpin, window: &Mutex<Window>, filled: &Notify) -> Result<bool, PumpError> {
+    let mut socket = BufReader::with_capacity(AHEAD, socket);
     loop {
         let Some(header) = read_header(&mut socket).await? else { return Ok(false) };
         match header.kind {
@@ -244,14 +254,13 @@ async fn receive(
                 window.room.checked_sub(header.len).ok_or_else(|| PumpError::Overrun(header.len - window.room))?;
         }
         let mut left = header.len as usize;
-        let mut chunk = vec![0; left.min(CHUNK)];
         while left > 0 {
-            let most = left.min(chunk.len());
-            let n = socket.read(&mut chunk[..most]).await?;
+            let mut piece = Vec::with_capacity(left.min(CHUNK));
+            let n = (&mut socket).take(left as u64).read_buf(&mut piece).await?;
             if n == 0 {
                 return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
             }
-            lock(window).buffer.extend(&chunk[..n]);
+            lock(window).push(piece);
             filled.notify_one();
             left -= n;
         }
@@ -279,21 +288,15 @@ async fn deliver(
     loop {
         let (chunk, ended) = {
             let mut window = lock(window);
-            let n = window.buffer.len().min(CHUNK);
-            let chunk: Vec<u8> = window.buffer.drain(..n).collect();
-            if window.buffer.is_empty() {
-                // A thousand idle streams must not keep what one burst needed.
-                window.buffer.shrink_to(CHUNK);
-            }
-            (chunk, window.ended)
+            (window.chunks.pop_front(), window.ended)
         };
-        if chunk.is_empty() {
+        let Some(chunk) = chunk else {
             if ended {
                 break;
             }
             filled.notified().await;
             continue;
-        }
+        };
         if !failed && let Err(e) = sink.write_all(&chunk).await {
             tracing::warn!("write output: {e}; the rest is discarded");
             failed = true;
