@@ -73,17 +73,25 @@ pub fn number(message: &[u8], field: u32) -> Result<u64, CallError> {
 /// # Errors
 /// The bytes are no message, or the field is not there.
 pub fn bytes(message: &[u8], field: u32) -> Result<Vec<u8>, CallError> {
+    all(message, field)?.pop().ok_or_else(|| format!("field {field} is not there").into())
+}
+
+/// The bytes in a field of a message, as often as it is there.
+///
+/// # Errors
+/// The bytes are no message.
+pub fn all(message: &[u8], field: u32) -> Result<Vec<Vec<u8>>, CallError> {
     let mut input = protobuf::CodedInputStream::from_bytes(message);
-    let mut found = None;
+    let mut found = Vec::new();
     while let Some(tag) = input.read_raw_tag_or_eof()? {
         match (tag >> 3, tag & 7) {
-            (n, 2) if n == field => found = Some(input.read_bytes()?),
+            (n, 2) if n == field => found.push(input.read_bytes()?),
             (_, 0) => drop(input.read_raw_varint64()?),
             (_, 2) => drop(input.read_bytes()?),
             (n, kind) => return Err(format!("field {n} has kind {kind}").into()),
         }
     }
-    found.ok_or_else(|| format!("field {field} is not there").into())
+    Ok(found)
 }
 
 /// Calls a method such as `/containerd.services.tasks.v1.Tasks/Wait` in a namespace of the containerd behind `socket`.

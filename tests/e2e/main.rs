@@ -189,7 +189,8 @@ fn attempt(case: &'static Case, name: &str, node: &mut Node) -> Result<(), Strin
     TIMES.lock().expect("nothing panics here").push((started.elapsed(), name.to_owned()));
 
     let left = Leftovers::since(&before, &node.watched(), grace());
-    let containers = node.ctr(["containers", "list", "-q"]).run().text().replace(RESIDENT, "");
+    let mut containers = node.containers();
+    containers.retain(|id| id != RESIDENT);
     let mut failure = String::new();
     if result.is_err() {
         failure.clone_from(&LAST_PANIC.lock().expect("nothing panics here"));
@@ -197,8 +198,8 @@ fn attempt(case: &'static Case, name: &str, node: &mut Node) -> Result<(), Strin
     if !left.is_empty() {
         failure += &format!("\nleft behind:\n{}", left.join("\n"));
     }
-    if !containers.trim().is_empty() {
-        failure += &format!("\ncontainers left behind:\n{containers}");
+    if !containers.is_empty() {
+        failure += &format!("\ncontainers left behind:\n{}", containers.join("\n"));
     }
     if failure.is_empty() {
         return Ok(());
