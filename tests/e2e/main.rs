@@ -74,6 +74,7 @@ const THEMES: &[(&str, Beside, &[Case])] = &[
     ("stdio", Beside::Each, stdio::CASES),
     ("process", Beside::Each, process::CASES),
     ("rootfs", Beside::Each, rootfs::CASES),
+    ("rootfs", Beside::Only("1.7"), rootfs::PACKAGES),
     ("events", Beside::Each, events::CASES),
     ("hooks", Beside::Each, hooks::CASES),
     ("contract", Beside::Each, contract::CASES),

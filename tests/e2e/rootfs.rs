@@ -12,6 +12,9 @@ use serde_json::json;
 
 use crate::Case;
 
+/// What containerd has no part in.
+pub const PACKAGES: &[Case] = &[Case::new("packages_are_installed", packages_are_installed)];
+
 pub const CASES: &[Case] = &[
     Case::new("writes_stay_in_the_container", writes_stay_in_the_container),
     Case::new("read_only_rootfs", read_only_rootfs),
@@ -183,6 +186,22 @@ fn patches_by_configuration_and_annotation(node: &Node) {
     run.expect_failure(&["apply patch 0 to /stolen", "patch-source"]);
     drop(configured);
     assert_eq!(node.run(&["--rm"], BUSYBOX, &["sh", "-c", "test -d /home && echo there"]).ok().text(), "there");
+}
+
+fn packages_are_installed(node: &Node) {
+    // Package managers do what file systems are asked for seldom: rename over what is there, link, sync, lock.
+    let image = node.image("debian-python");
+    let script = "set -e; mkdir -p /var/lib/dpkg/info /var/lib/dpkg/updates; : >/var/lib/dpkg/status; \
+                  dpkg --force-depends --force-not-root --force-bad-path -i /app/packages/hello.deb >&2; hello; \
+                  dpkg -s hello | grep ^Status; \
+                  mkdir -p /etc/ssl/certs; echo \"$AUTHORITY\" >/etc/ssl/certs/ca-certificates.crt; \
+                  pip=$(echo /usr/share/python-wheels/pip-*.whl)/pip; python3 $pip install --quiet --no-index --break-system-packages \
+                  --root-user-action=ignore /app/packages/greeting-1.0-py3-none-any.whl; \
+                  python3 -c 'import greeting; print(greeting.WORDS)'";
+    // pip reads it at its start, though it asks nobody.
+    let authority = concat!("AUTHORITY=", include_str!("authority.pem"));
+    let run = node.run(&["--rm", "--env", authority], &image, &["sh", "-c", script]).within(patience() * 6).ok();
+    assert_eq!(run.text(), "Hello, world!\nStatus: install ok installed\nhello from a wheel", "{run}");
 }
 
 /// The mounts of containerd's erofs snapshotter, from 2.2 on, reach the shim as they are.
