@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-/// Strikes that may come at once, and one more each second.
+/// Strikes that may come at once, and one more each `PARDON`.
 pub const TOLERATED: u32 = 256;
 const PARDON: Duration = Duration::from_secs(1);
 

@@ -24,7 +24,7 @@ use nacelle_protocol::stream::{
     credit_frame,
 };
 use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::tcp::OwnedReadHalf;
 use tokio::net::unix::pipe;
 use tokio::net::{UnixListener, UnixStream};
@@ -39,8 +39,6 @@ pub const PREAMBLE_DEADLINE: Duration = Duration::from_secs(10);
 const UNDECIDED: usize = 64;
 /// Most bytes that one read or write moves.
 const CHUNK: usize = MAX_DATA;
-/// Bytes that are read with a frame's header, which alone would cost as much as all of the frame.
-const AHEAD: usize = 64;
 
 /// Why a stream was cut off.
 #[derive(Debug, Error)]
@@ -239,8 +237,11 @@ pub async fn pump_output(socket: UnixStream, sink: impl AsyncWrite + Unpin) -> R
     result
 }
 
-async fn receive(socket: impl AsyncRead + Unpin, window: &Mutex<Window>, filled: &Notify) -> Result<bool, PumpError> {
-    let mut socket = BufReader::with_capacity(AHEAD, socket);
+async fn receive(
+    mut socket: impl AsyncRead + Unpin,
+    window: &Mutex<Window>,
+    filled: &Notify,
+) -> Result<bool, PumpError> {
     loop {
         let Some(header) = read_header(&mut socket).await? else { return Ok(false) };
         match header.kind {
@@ -270,10 +271,11 @@ async fn receive(socket: impl AsyncRead + Unpin, window: &Mutex<Window>, filled:
 /// `None` at the end of the connection.
 async fn read_header(socket: &mut (impl AsyncRead + Unpin)) -> Result<Option<Header>, PumpError> {
     let mut bytes = [0; HEADER_LEN];
-    if socket.read(&mut bytes[..1]).await? == 0 {
+    let n = socket.read(&mut bytes).await?;
+    if n == 0 {
         return Ok(None);
     }
-    socket.read_exact(&mut bytes[1..]).await?;
+    socket.read_exact(&mut bytes[n..]).await?;
     Ok(Some(Header::decode(&bytes)?))
 }
 

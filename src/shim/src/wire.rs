@@ -10,7 +10,7 @@
 //!
 //! ttrpc itself takes 4 MiB a frame, decodes it into some fifty times as much memory, and overlooks answers that nobody
 //! asked for. Here all of that is a breach, which ends the connection and the pod. An answer that comes late is none: its
-//! id stays open, and 4096 of them are.
+//! id stays open, and `MAX_OPEN` of them are.
 
 use std::collections::HashSet;
 use std::io;

@@ -225,6 +225,8 @@ async fn a_guest_that_sends_too_much_is_found_out_though_nobody_reads() {
     let world = World::new();
     let stdout = world.fifo("out");
     let io = world.open("", &stdout, "").await;
+    // A reader that is there and does not read.
+    let mut reader = std::fs::File::open(stdout).expect("open fifo");
     let mut socket = world.dial(&io.names().stdout).await;
     let mut sent = 0;
     let frame = [&Header::data(MAX_DATA as u32).encode()[..], &vec![7; MAX_DATA]].concat();
@@ -234,6 +236,13 @@ async fn a_guest_that_sends_too_much_is_found_out_though_nobody_reads() {
     }
     let verdict = timeout(Duration::from_secs(5), world.conduct.condemned()).await.expect("a verdict");
     assert!(verdict.contains("bytes more than it may"), "{verdict}");
+    // The reader hears the end, not a stall: the stream is over.
+    let rest = tokio::task::spawn_blocking(move || {
+        let mut rest = Vec::new();
+        std::io::Read::read_to_end(&mut reader, &mut rest).map(|_| rest)
+    });
+    let got = timeout(Duration::from_secs(5), rest).await.expect("ends").expect("join").expect("read fifo");
+    assert!(got.len() <= 2 * WINDOW as usize && got.iter().all(|b| *b == 7));
     drop(io);
 }
 
