@@ -281,7 +281,7 @@ impl Node {
         for task in self.ctr(["tasks", "list", "-q"]).run().text().lines() {
             self.ctr(["tasks", "delete", "--force", task]).run();
         }
-        for container in self.containers() {
+        for container in self.containers().unwrap_or_default() {
             self.ctr(["containers", "delete", &container]).run();
         }
     }
@@ -289,13 +289,11 @@ impl Node {
     /// The containers in the tests' namespace. Asked for over the API, like all that is asked after every test: `ctr` takes an
     /// emulated processor most of a second to start.
     ///
-    /// # Panics
-    /// containerd does not answer.
-    pub fn containers(&self) -> Vec<String> {
-        let answer = self.call("/containerd.services.containers.v1.Containers/List", Message::default(), patience());
-        let list = answer.and_then(|answer| grpc::all(&answer, 1)).expect("list containers");
-        let id = |container: &Vec<u8>| String::from_utf8(grpc::bytes(container, 1).expect("an id")).expect("text");
-        list.iter().map(id).collect()
+    /// # Errors
+    /// What containerd answers.
+    pub fn containers(&self) -> Result<Vec<String>, CallError> {
+        let answer = self.call("/containerd.services.containers.v1.Containers/List", Message::default(), patience())?;
+        grpc::all(&answer, 1)?.iter().map(|container| Ok(String::from_utf8(grpc::bytes(container, 1)?)?)).collect()
     }
 
     fn configuration(&self) -> String {

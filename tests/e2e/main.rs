@@ -190,8 +190,7 @@ fn attempt(case: &'static Case, name: &str, node: &mut Node) -> Result<(), Strin
     TIMES.lock().expect("nothing panics here").push((started.elapsed(), name.to_owned()));
 
     let left = Leftovers::since(&before, &node.watched(), grace());
-    let mut containers = node.containers();
-    containers.retain(|id| id != RESIDENT);
+    let containers = node.containers();
     let mut failure = String::new();
     if result.is_err() {
         failure.clone_from(&LAST_PANIC.lock().expect("nothing panics here"));
@@ -199,8 +198,14 @@ fn attempt(case: &'static Case, name: &str, node: &mut Node) -> Result<(), Strin
     if !left.is_empty() {
         failure += &format!("\nleft behind:\n{}", left.join("\n"));
     }
-    if !containers.is_empty() {
-        failure += &format!("\ncontainers left behind:\n{}", containers.join("\n"));
+    match containers {
+        Ok(mut ids) => {
+            ids.retain(|id| id != RESIDENT);
+            if !ids.is_empty() {
+                failure += &format!("\ncontainers left behind:\n{}", ids.join("\n"));
+            }
+        }
+        Err(e) => failure += &format!("\nlist containers: {e}"),
     }
     if failure.is_empty() {
         return Ok(());
