@@ -43,3 +43,14 @@ soon() {
         sleep 0.05
     done
 }
+
+# nothing_in DIR…: no shim or VMM runs, nothing of nacelle is mounted, and the directories are empty.
+nothing_in() {
+    local left
+    left=$(
+        pgrep -a 'nacelle-vmm|containerd-shim' || true
+        find "$@" -mindepth 1 2>/dev/null
+        grep nacelle /proc/mounts | grep -v '/usr/local\|/etc/nacelle\|/opt/payload' || true
+    )
+    [ -z "$left" ] || { echo "$left"; return 1; }
+}
