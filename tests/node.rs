@@ -14,7 +14,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{
-    command::{Cmd, Finished, Running, patience, tail},
+    command::{Cmd, Running, patience, tail},
     grpc::{self, CallError, Message},
 };
 
@@ -29,6 +29,9 @@ const CONTAINERD: &[(&str, &str)] = &[("1.7", "/usr/bin"), ("2.1", "/opt/contain
 
 /// containerd's namespace of the tests; its name shows in cgroups and bundle paths.
 pub const NAMESPACE: &str = "nacelle-e2e";
+
+/// Where `ctr` makes the FIFOs of a task.
+const FIFOS: &str = "/run/containerd/fifo";
 
 /// The id of the container that stays, see [`Node::resident`].
 pub const RESIDENT: &str = "resident";
@@ -362,10 +365,24 @@ impl Container<'_> {
         &self.id
     }
 
+    /// What containerd keeps of it, a `containerd.services.containers.v1.Container`.
+    fn record(&self) -> Vec<u8> {
+        let message = Message::default().bytes(1, &self.id);
+        let answer = self.node.call("/containerd.services.containers.v1.Containers/Get", message, patience());
+        answer.and_then(|answer| grpc::bytes(&answer, 1)).unwrap_or_else(|e| panic!("get container {}: {e}", self.id))
+    }
+
     /// Its spec, as containerd keeps it.
     pub fn spec(&self) -> Value {
-        let spec = self.node.ctr(["containers", "info", "--spec", &self.id]).ok();
-        serde_json::from_slice(&spec.out).expect("ctr prints JSON")
+        let spec = grpc::bytes(&self.record(), 5).and_then(|any| grpc::bytes(&any, 2));
+        serde_json::from_slice(&spec.expect("a spec")).expect("a spec in JSON")
+    }
+
+    /// The snapshot of its root file system, as the fields of a call to the snapshotters.
+    fn snapshot(&self) -> Message {
+        let record = self.record();
+        let field = |number| grpc::bytes(&record, number).expect("a container with a snapshot");
+        Message::default().bytes(1, field(6)).bytes(2, field(7))
     }
 
     /// Changes its spec, before it has a task.
@@ -388,12 +405,15 @@ impl Container<'_> {
 
     /// The mounts that make its root file system.
     pub fn mounts(&self) -> Vec<Mount> {
-        let line = self.node.ctr(["snapshots", "mounts", "/", &self.id]).ok().text();
-        // mount -t TYPE SOURCE / -o OPTION,…
-        let words: Vec<_> = line.split_whitespace().collect();
-        let [_, _, kind, source, _, _, options] = words[..] else { panic!("not one mount: {line}") };
-        let options = options.split(',').map(str::to_owned).collect();
-        vec![Mount { kind: kind.into(), source: source.into(), options }]
+        let text = |mount: &[u8], field| -> Result<Vec<String>, CallError> {
+            grpc::all(mount, field)?.into_iter().map(|bytes| Ok(String::from_utf8(bytes)?)).collect()
+        };
+        let one = |mount: Vec<u8>| {
+            Ok(Mount { kind: text(&mount, 1)?.concat(), source: text(&mount, 2)?.concat(), options: text(&mount, 4)? })
+        };
+        let answer = self.node.call("/containerd.services.snapshots.v1.Snapshots/Mounts", self.snapshot(), patience());
+        let mounts = answer.and_then(|answer| grpc::all(&answer, 1)?.into_iter().map(one).collect());
+        mounts.unwrap_or_else(|e: CallError| panic!("mounts of {}: {e}", self.id))
     }
 
     /// Creates its task through the Create call, without starting it and without streams.
@@ -435,7 +455,7 @@ impl Container<'_> {
         self.node.ctr(["tasks", "kill", "-s", signal, &self.id]).ok();
     }
 
-    /// Sends its task SIGKILL through the Kill call, as `ctr` words what it is told in its own way.
+    /// Sends its task SIGKILL through the Kill call; `ctr` would word a refusal in its own way.
     ///
     /// # Errors
     /// What containerd answers.
@@ -499,16 +519,34 @@ impl Container<'_> {
         self.node.ctr(["tasks", "attach", &self.id]).spawn()
     }
 
-    /// Deletes the task, which must have ended, and the container.
-    pub fn delete(self) -> Finished {
-        let task = self.node.ctr(["tasks", "delete", &self.id]).run();
-        self.node.ctr(["containers", "delete", &self.id]).ok();
-        task
+    /// Deletes the task, which must have ended, the container and its snapshot, over the API: every test does.
+    ///
+    /// # Panics
+    /// containerd refuses.
+    pub fn delete(self) {
+        let call = |method: &str, message| {
+            let answer = self.node.call(&format!("/containerd.services.{method}"), message, patience());
+            answer.unwrap_or_else(|e| panic!("{method} {}: {e}", self.id));
+        };
+        let this = || Message::default().bytes(1, &self.id);
+        if let Some(task) = self.task() {
+            call("tasks.v1.Tasks/Delete", this());
+            // The FIFOs are for the client to remove.
+            for stream in (5..=7).filter_map(|field| grpc::bytes(&task, field).ok()) {
+                let path = PathBuf::from(String::from_utf8_lossy(&stream).into_owned());
+                if let Some(dir) = path.parent().filter(|dir| dir.starts_with(FIFOS)) {
+                    fs::remove_dir_all(dir).ok();
+                }
+            }
+        }
+        let snapshot = self.snapshot();
+        call("containers.v1.Containers/Delete", this());
+        call("snapshots.v1.Snapshots/Remove", snapshot);
     }
 
     /// Kills the task with SIGKILL, waits for its end, and deletes task and container.
     pub fn remove(self) {
-        self.kill("KILL");
+        self.try_kill().unwrap_or_else(|e| panic!("kill {}: {e}", self.id));
         let code = self.wait(patience()).unwrap_or_else(|e| panic!("wait for {}: {e}", self.id));
         assert_eq!(code, 137, "exit code of {} after SIGKILL", self.id);
         self.delete();
