@@ -10,6 +10,7 @@ use rustix::fs::{CWD, FileType, Mode, mknodat};
 
 use super::tests::{World, dead_end};
 use super::*;
+use crate::sandbox::KILLED;
 use crate::task::Exec;
 
 /// What the test may hold at its worst, the guests' own memory included: some twenty answers of their greatest size.

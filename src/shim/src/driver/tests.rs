@@ -24,8 +24,9 @@ use ttrpc::r#async::{Server, TtrpcContext};
 
 use super::*;
 use crate::config::Origin;
+use crate::sandbox::KILLED;
 use crate::service::code_of;
-use crate::task::Exec;
+use crate::task::{Create, Exec};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
