@@ -8,6 +8,7 @@ three digits; after the last one there is nothing left to wait for and QEMU is k
 """
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -72,6 +73,32 @@ class Stream:
         self.sink.flush()
 
 
+class Pulse:
+    """A port that gets a byte every few seconds. An emulated machine that is idle has been seen to miss its timer, and then
+    sleeps until some device interrupts it; this one does."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.here, self.there = socket.socketpair()
+        self.here.setblocking(False)
+        self.next = time.monotonic() + seconds
+
+    def arguments(self):
+        return [
+            "-chardev", f"socket,id=pulse,fd={self.there.fileno()}",
+            "-device", "virtserialport,chardev=pulse,name=pulse",
+        ]  # fmt: skip
+
+    def beat(self):
+        """Sends one if it is time; the time of the next."""
+        if time.monotonic() >= self.next:
+            self.next = time.monotonic() + self.seconds
+            # A machine that takes none is starting, or full of them.
+            with contextlib.suppress(OSError):
+                self.here.send(b".")
+        return self.next
+
+
 class Monitor:
     """QEMU's control socket (QMP), used for one thing."""
 
@@ -100,7 +127,7 @@ class Silence(TimeoutError):
     """Nothing was heard for too long."""
 
 
-def follow(streams, deadline, silence):
+def follow(streams, deadline, silence, pulse):
     """The exit code, once every stream has ended. None when there is none, TimeoutError when it takes too long, Silence
     when there is nothing to read for `silence` seconds."""
     heard = time.monotonic()
@@ -113,6 +140,9 @@ def follow(streams, deadline, silence):
         left = None if end is None else end - time.monotonic()
         if left is not None and left <= 0:
             raise error
+        if pulse:
+            beat = pulse.beat() - time.monotonic()
+            left = beat if left is None else min(left, beat)
         for key, _ in selector.select(left):
             heard = time.monotonic()
             if not key.data.read():
@@ -127,9 +157,11 @@ def run(options, unpack):
     if unpack:
         streams.append(Stream("out", unpack.stdin, token))
     monitor = Monitor()
-    command = list(options.qemu) + monitor.arguments()
-    for stream in streams:
-        command += stream.arguments()
+    pulse = Pulse(options.pulse) if options.pulse else None
+    ends = [monitor, *streams, *([pulse] if pulse else [])]
+    command = list(options.qemu)
+    for end in ends:
+        command += end.arguments()
     deadline = time.monotonic() + options.timeout if options.timeout else None
     with open(options.console + ".qemu", "w+b") as errors:
         machine = subprocess.Popen(
@@ -137,13 +169,13 @@ def run(options, unpack):
             stdin=None if options.tty else subprocess.DEVNULL,
             stdout=None if options.tty else errors,
             stderr=errors,
-            pass_fds=[end.there.fileno() for end in (monitor, *streams)],
+            pass_fds=[end.there.fileno() for end in ends],
             preexec_fn=die_with_parent,
         )
-        for end in (monitor, *streams):
+        for end in ends:
             end.there.close()
         try:
-            code = follow(streams, deadline, options.silence)
+            code = follow(streams, deadline, options.silence, pulse)
         except Silence:
             monitor.question_kernel()
             complain(f"nothing heard for {options.silence:g} s", options.console)
@@ -178,6 +210,7 @@ def main():
     parser.add_argument("--console", required=True, help="file that QEMU writes the kernel's console to")
     parser.add_argument("--timeout", type=float, help="seconds")
     parser.add_argument("--silence", type=float, help="seconds without output after which the machine counts as dead")
+    parser.add_argument("--pulse", type=float, help="seconds between two interrupts that an idle machine gets")
     parser.add_argument("--out", help="directory for the files that the machine left in /out")
     parser.add_argument("--tty", action="store_true", help="the machine's terminal is ours")
     parser.add_argument("--remove", help="directory to remove at the end")
