@@ -31,7 +31,7 @@ const CONTAINERD: &[(&str, &str)] = &[("1.7", "/usr/bin"), ("2.1", "/opt/contain
 pub const NAMESPACE: &str = "nacelle-e2e";
 
 /// Where `ctr` makes the FIFOs of a task.
-const FIFOS: &str = "/run/containerd/fifo";
+pub const FIFOS: &str = "/run/containerd/fifo";
 
 /// The id of the container that stays, see [`Node::resident`].
 pub const RESIDENT: &str = "resident";
@@ -539,9 +539,9 @@ impl Container<'_> {
                 }
             }
         }
-        let snapshot = self.snapshot();
+        // The snapshot first: nobody refers to that of a deleted container, and containerd may remove it meanwhile.
+        call("snapshots.v1.Snapshots/Remove", self.snapshot());
         call("containers.v1.Containers/Delete", this());
-        call("snapshots.v1.Snapshots/Remove", snapshot);
     }
 
     /// Kills the task with SIGKILL, waits for its end, and deletes task and container.

@@ -9,11 +9,10 @@ use nacelle_tests::{
 
 use crate::Case;
 
-pub const CASES: &[Case] = &[
-    Case::new("eight_at_once", eight_at_once),
-    Case::new("fifty_one_after_the_other", fifty_one_after_the_other),
-    Case::new("a_shim_does_not_grow", a_shim_does_not_grow),
-];
+pub const CASES: &[Case] =
+    &[Case::new("eight_at_once", eight_at_once), Case::new("a_shim_does_not_grow", a_shim_does_not_grow)];
+
+pub const LONG: &[Case] = &[Case::new("fifty_one_after_the_other", fifty_one_after_the_other)];
 
 fn eight_at_once(node: &Node) {
     let runs: Vec<_> = (0..8)
