@@ -14,8 +14,8 @@ ECHO, SAID = ["/bin/echo", "hello"], "hello"
 class Bare:
     """libkrun alone."""
 
-    def __init__(self, payload, vcpus=1, memory_mib=128, kernel="/usr/local/share/nacelle/vmlinux", args=()):
-        self.argv = [f"{payload}/bare_libkrun", kernel, f"{payload}/hello.erofs", str(vcpus), str(memory_mib), *args]
+    def __init__(self, payload, vcpus=1, memory_mib=128, kernel="/usr/local/share/nacelle/vmlinux", args=(), image="hello.erofs"):
+        self.argv = [f"{payload}/bare_libkrun", kernel, f"{payload}/{image}", str(vcpus), str(memory_mib), *args]
 
     def boot(self):
         """Mi from spawn to main, to krun_start_enter, to the first byte, to the end; each from the one before."""
