@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use nacelle_tests::{
-    command::{Cmd, patience},
+    command::{Cmd, patience, within},
     grpc::Message,
     node::{BUSYBOX, Mount, Node},
 };
@@ -19,6 +19,7 @@ pub const CASES: &[Case] = &[
     Case::new("writes_stay_in_the_container", writes_stay_in_the_container),
     Case::new("read_only_rootfs", read_only_rootfs),
     Case::new("bind_mount_of_a_directory", bind_mount_of_a_directory),
+    Case::only_nacelle("mounts_of_the_host_arrive_later", mounts_of_the_host_arrive_later, "it looks at the VMM"),
     Case::new("bind_mount_of_a_file_hides_its_siblings", bind_mount_of_a_file_hides_its_siblings),
     Case::new("bind_mounts_keep_owners_and_modes", bind_mounts_keep_owners_and_modes),
     Case::new("tmpfs_mount", tmpfs_mount),
@@ -72,6 +73,30 @@ fn bind_mount_of_a_directory(node: &Node) {
     let run = node.run(&["--rm", "--mount", &mount("rbind:ro")], BUSYBOX, &["sh", "-c", script]).run();
     assert_eq!(run.text().matches("Read-only file system").count(), 2, "{run}");
     assert!(dir.join("one").exists());
+}
+
+fn mounts_of_the_host_arrive_later(node: &Node) {
+    let dir = shared(node, "later");
+    let mount = format!("type=bind,src={},dst=/mnt/shared,options=rbind:rslave:rw", dir.display());
+    let c = node.detached(&["--mount", &mount], BUSYBOX, &["sleep", "1000"]);
+    let below = dir.join("below");
+    // Nobody but root may enter it, as it is with many a volume.
+    Cmd::new("mount").args(["-t", "tmpfs", "-o", "mode=700", "tmpfs"]).args([&below]).ok();
+    fs::write(below.join("file"), "late\n").expect("write a file");
+    within(patience(), "the mount arrives with the pod's ids", || {
+        let script = "cat /mnt/shared/below/file && touch /mnt/shared/below/mine";
+        let said = c.exec(&[], &["sh", "-c", script]).run();
+        (said.code == 0 && said.text() == "late").then_some(())
+    });
+    assert_eq!(fs::metadata(below.join("mine")).expect("the container made it").uid(), 0);
+    Cmd::new("umount").args([&below]).ok();
+    within(patience(), "the mount goes", || {
+        let said = c.exec(&[], &["ls", "/mnt/shared/below"]).run();
+        (said.code == 0 && said.text().is_empty()).then_some(())
+    });
+    let mounts = fs::read_to_string(format!("/proc/{}/mountinfo", c.pid())).expect("the VMM's mounts");
+    assert!(!mounts.contains("/below "), "a copy keeps what the host has unmounted:\n{mounts}");
+    c.remove();
 }
 
 fn bind_mount_of_a_file_hides_its_siblings(node: &Node) {

@@ -19,6 +19,7 @@
 
 pub mod annotations;
 pub mod args;
+pub mod arrivals;
 pub mod bootstrap;
 pub mod bundle;
 pub mod cgroup;

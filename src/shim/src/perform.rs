@@ -209,7 +209,8 @@ pub async fn create_next(env: Arc<Env>, pod: Arc<Pod>, id: ContainerId, request:
     }
     // The VM is as it is: they must be in order, and change no more than this container's root.
     let wishes = pod.host.policy().read(bundle.annotations())?;
-    let translation = spec::translate(&bundle.spec, &id, Some(&env.sandbox))?;
+    let mut translation = spec::translate(&bundle.spec, &id, Some(&env.sandbox))?;
+    translation.add_pods_files(&id, &pod.host.dirs.etc());
     log_dropped(&id, &translation.dropped);
     let rootfs = plan::plan(&request.rootfs)?;
     let patches = patches(pod.host.config(), &bundle, &wishes)?;
@@ -256,6 +257,7 @@ async fn finish(
         pod.host.record.write();
         return Ok(Created { local, io, pid });
     };
+    pod.follow(&volumes)?;
     let watching = pod.clone();
     let mirrors = move || Ok::<_, PodError>(watching.mirrors.add(&watching.guest, &volumes));
     let mirrors = blocking("watch volumes", mirrors).await?;

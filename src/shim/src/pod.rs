@@ -15,10 +15,10 @@
 //! anything that a crash could leave behind, and again when the VMM runs.
 
 use std::collections::HashMap;
-use std::io;
+use std::io::{self, PipeWriter};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use nacelle_protocol::agent::Lower;
@@ -37,6 +37,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::annotations::{AnnotationError, CONTAINER_MIB, Policy, refuse};
+use crate::arrivals;
 use crate::bundle::{Bundle, Role};
 use crate::cgroup::{self, CgroupError};
 use crate::conduct::Conduct;
@@ -280,7 +281,6 @@ impl Host {
         }
     }
 
-    /// Where the node's layers are.
     /// The node's configuration, as it was when the pod started.
     pub fn config(&self) -> &Config {
         &self.config
@@ -424,6 +424,8 @@ pub struct Pod {
     pub unwired: bool,
     streams: tokio::task::AbortHandle,
     forwarding: Option<tokio::task::AbortHandle>,
+    /// Covers what the host mounts below volumes; since a container has asked for it.
+    following: Mutex<Option<PipeWriter>>,
 }
 
 impl Pod {
@@ -541,7 +543,8 @@ impl Pod {
                 });
                 let unwired = bundle.network == Network::New && !vm_config.awaits_nics;
                 let mirrors = Mirrors::default();
-                Ok((Self { vm, guest, host, hub, conduct, mirrors, unwired, streams, forwarding }, events))
+                let following = Mutex::default();
+                Ok((Self { vm, guest, host, hub, conduct, mirrors, unwired, streams, forwarding, following }, events))
             }
             Err(e) => {
                 streams.abort();
@@ -551,6 +554,27 @@ impl Pod {
                 Err(e)
             }
         }
+    }
+
+    /// From now on what the host mounts below these volumes reaches the guest, if one of them is for it.
+    ///
+    /// # Errors
+    /// [`PodError::Io`].
+    pub fn follow(&self, volumes: &[Volume]) -> Result<(), PodError> {
+        let mut following = self.following();
+        if following.is_some() || !volumes.iter().any(|volume| volume.follows) {
+            return Ok(());
+        }
+        let (share, host) = (self.host.dirs.volumes(), &self.host);
+        let (life, end) = io::pipe().map_err(io_error("follow", &share))?;
+        arrivals::follow(life, host.vmm.clone(), self.vm.pid(), share.clone(), host.idmap())
+            .map_err(io_error("follow", &share))?;
+        *following = Some(end);
+        Ok(())
+    }
+
+    fn following(&self) -> MutexGuard<'_, Option<PipeWriter>> {
+        self.following.lock().expect("nothing panics while it holds this")
     }
 
     /// Waits for the guest, but not longer than the VM lives, or has a right to.
@@ -580,6 +604,7 @@ impl Pod {
         self.hub.close();
         self.streams.abort();
         self.forwarding.iter().for_each(tokio::task::AbortHandle::abort);
+        self.following().take();
         let host = self.host.clone();
         let removed = tokio::task::spawn_blocking(move || host.remove()).await;
         if removed.is_err() {

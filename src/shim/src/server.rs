@@ -33,6 +33,8 @@ use crate::task::Reply;
 
 /// How long events may take to reach containerd when the shim leaves.
 const DRAIN: Duration = Duration::from_secs(2);
+/// How long the last answer may take to its connection.
+const ANSWER: Duration = Duration::from_millis(20);
 /// How long connections may take to end.
 const CLOSE: Duration = Duration::from_millis(500);
 /// Threads for blocking work; each costs memory once it has been used.
@@ -112,8 +114,9 @@ async fn until_done(env: Env, listener: UnixListener) -> anyhow::Result<()> {
     publisher.close(DRAIN).await;
     if let Some(reply) = reply {
         let _ = reply.send(Ok(Reply::Done));
+        // The server drops answers that it has not sent when it is told to end. Whatever is ready runs before this ends.
+        tokio::time::sleep(ANSWER).await;
     }
-    // Lets the answer out.
     let _ = tokio::time::timeout(CLOSE, server.shutdown()).await;
     Ok(())
 }

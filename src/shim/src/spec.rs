@@ -68,6 +68,8 @@ pub struct Volume {
     pub recursive: bool,
     /// The container may not write.
     pub read_only: bool,
+    /// What the host mounts below it later is meant for the container, too.
+    pub follows: bool,
 }
 
 impl Volume {
@@ -103,6 +105,26 @@ pub struct Translation {
     pub dropped: Vec<String>,
     /// It shares process ids with other containers of the pod.
     pub pod_pids: bool,
+}
+
+impl Translation {
+    /// Adds the pod's own files below /etc, which are in directory `etc` where the shim has made them, unless the
+    /// configuration says what shall be there.
+    pub fn add_pods_files(&mut self, id: &ContainerId, etc: &Path) {
+        let read_only = self.spec.pointer("/root/readonly") == Some(&Value::Bool(true));
+        let Some(mounts) = self.spec.get_mut("mounts").and_then(Value::as_array_mut) else { return };
+        for (name, source) in ETC.map(|name| (name, etc.join(name))).into_iter().filter(|(_, source)| source.exists()) {
+            let destination = Path::new("/etc").join(name);
+            if mounts.iter().any(|mount| mount["destination"] == json!(destination)) {
+                continue;
+            }
+            let name = format!("{id}-{}", self.volumes.len());
+            let options = ["bind", "rprivate", if read_only { "ro" } else { "rw" }];
+            let place = Path::new(VOLUMES_DIR).join(&name);
+            mounts.push(json!({ "destination": destination, "type": "bind", "source": place, "options": options }));
+            self.volumes.push(Volume { name, source, destination, recursive: false, read_only, follows: false });
+        }
+    }
 }
 
 fn put(map: &mut Map<String, Value>, key: &str, value: &Option<impl Serialize>) {
@@ -203,6 +225,7 @@ fn mount(host: &Mount, id: &ContainerId, volumes: &mut Vec<Volume>) -> Result<Va
             recursive: options.iter().any(|o| o == "rbind"),
             // As in mount(8), the last word counts.
             read_only: options.iter().rfind(|o| matches!(o.as_str(), "ro" | "rro" | "rw")).is_some_and(|o| o != "rw"),
+            follows: options.iter().any(|o| o == "slave" || o == "rslave"),
         };
         let source = Path::new(VOLUMES_DIR).join(&volume.name);
         volumes.push(volume);

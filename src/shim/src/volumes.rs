@@ -15,11 +15,13 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use nacelle_protocol::vm::Report;
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, StatVfsMountFlags, openat2};
 use rustix::io::Errno;
 use rustix::mount::{
     MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_bind_recursive, mount_change,
@@ -142,6 +144,40 @@ pub fn bind_later(
     result
 }
 
+/// Covers a mount that has arrived below a volume with a copy whose ids are mapped. `point` is relative to the share; `program`
+/// and `vmm` as for [`bind_later`]. Blocks.
+///
+/// # Errors
+/// [`VolumeError`]; the mount is as it was.
+pub fn cover(program: &Path, vmm: u32, share: &Path, point: &Path, idmap: Idmap) -> Result<(), VolumeError> {
+    let held = hold(share, point)?;
+    let volume = share.join(point.components().next().map_or(Path::new(""), |name| Path::new(name.as_os_str())));
+    let read_only = rustix::fs::statvfs(&volume).is_ok_and(|stat| stat.f_flag.contains(StatVfsMountFlags::RDONLY));
+    let place = format!("/proc/{}/fd/{}", std::process::id(), held.as_raw_fd());
+    let options = if read_only { "ro,recursive" } else { "rw,recursive" };
+    run_bind(program, vmm, vec![place.clone().into(), place.into(), options.into()], idmap).map(drop)
+}
+
+/// Takes away what covers `point`, relative to the share.
+///
+/// # Errors
+/// [`VolumeError`].
+pub fn uncover(share: &Path, point: &Path) -> Result<(), VolumeError> {
+    let held = hold(share, point)?;
+    unmount(format!("/proc/self/fd/{}", held.as_raw_fd()), UnmountFlags::DETACH)
+        .map_err(failed("unmount", &share.join(point)))
+}
+
+/// Holds a place below the share. The guest may write in a volume, so no link on the way is followed.
+fn hold(share: &Path, point: &Path) -> Result<OwnedFd, VolumeError> {
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let open = || {
+        let share = openat2(CWD, share, flags, Mode::empty(), ResolveFlags::empty())?;
+        openat2(share, point, flags, Mode::empty(), ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS)
+    };
+    open().map_err(failed("open", &share.join(point)))
+}
+
 fn run_bind(program: &Path, vmm: u32, args: Vec<OsString>, idmap: Idmap) -> Result<Vec<String>, VolumeError> {
     let failed = |source| VolumeError::Mount { what: "run", path: program.to_owned(), source };
     let mut command = Command::new(program);
@@ -167,7 +203,7 @@ fn run_bind(program: &Path, vmm: u32, args: Vec<OsString>, idmap: Idmap) -> Resu
 
 /// Flags of a mount that a remount would otherwise take away.
 fn kept_flags(path: &Path) -> MountFlags {
-    use rustix::fs::StatVfsMountFlags as Has;
+    use StatVfsMountFlags as Has;
     let Ok(stat) = rustix::fs::statvfs(path) else { return MountFlags::empty() };
     let pairs = [(Has::NOSUID, MountFlags::NOSUID), (Has::NODEV, MountFlags::NODEV), (Has::NOEXEC, MountFlags::NOEXEC)];
     pairs.into_iter().filter(|(has, _)| stat.f_flag.contains(*has)).map(|(_, flag)| flag).collect()

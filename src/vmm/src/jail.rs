@@ -247,7 +247,7 @@ pub fn bind(vmm: u32, volume: &Volume<'_>) -> Result<(), JailError> {
     if volume.recursive && source.file_type == FileType::Directory {
         graft.all(&source, volume.target)
     } else {
-        graft.one(&source, volume.target)
+        graft.one(&source, volume.target).map(drop)
     }
 }
 

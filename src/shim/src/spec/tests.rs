@@ -91,6 +91,7 @@ fn golden() {
         destination: destination.into(),
         recursive,
         read_only,
+        follows: false,
     };
     let volumes = [volume(0, "/host/data", "/data", true, false), volume(1, "/host/hosts", "/etc/hosts", false, true)];
     assert_eq!(translation.volumes, volumes);
@@ -156,4 +157,23 @@ fn a_pods_shared_memory_is_the_guests() {
     assert!(shared.volumes.is_empty());
     let volume = shm("/var/lib/kubelet/pods/u/volumes/kubernetes.io~empty-dir/shm");
     assert_eq!(volume.volumes.len(), 1, "a volume that has the name");
+}
+
+#[test]
+fn the_pods_files_fill_gaps() {
+    let etc = tempfile::tempdir().expect("directory");
+    for name in ["hosts", "resolv.conf"] {
+        std::fs::write(etc.path().join(name), "text").expect("write");
+    }
+    let mut json = host();
+    json["mounts"] = json!([{ "destination": "/etc/hosts", "type": "bind", "source": "/mine", "options": ["rbind"] }]);
+    let mut translation = run(json, None).expect("translation");
+    translation.add_pods_files(&ContainerId::new("c1").expect("id"), etc.path());
+    let [mine, added] = translation.volumes.as_slice() else { panic!("{:?}", translation.volumes) };
+    assert_eq!(mine.source, Path::new("/mine"));
+    assert_eq!(
+        (&added.source, added.destination.as_path()),
+        (&etc.path().join("resolv.conf"), Path::new("/etc/resolv.conf"))
+    );
+    assert_eq!(translation.spec["mounts"][1]["source"], format!("{VOLUMES_DIR}/{}", added.name));
 }

@@ -64,8 +64,8 @@ impl<'a> Source<'a> {
 }
 
 impl Graft<'_> {
-    /// Puts a copy of `source` on `target`, without the mounts below.
-    pub fn one(&self, source: &Source<'_>, target: &Path) -> Result<(), JailError> {
+    /// Puts a copy of `source` on `target`, without the mounts below. The copy's directory or file, held.
+    pub fn one(&self, source: &Source<'_>, target: &Path) -> Result<OwnedFd, JailError> {
         let mapped = match self.ids {
             Ids::Host => false,
             // Mapped ids would take the file away from its owner.
@@ -73,8 +73,8 @@ impl Graft<'_> {
             Ids::Mapped => true,
         };
         let copy = self.copy(&source.place, source.name, mapped)?;
-        move_mount(&copy, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
-            .map_err(at(STAGE, format!("mount {} on {}", source.name.display(), target.display())))
+        put(&copy, &Source::open(target)?.place, source.name)?;
+        Ok(copy)
     }
 
     /// Makes a copy of `source` and lets it go again.
@@ -86,15 +86,13 @@ impl Graft<'_> {
     pub fn all(&self, source: &Source<'_>, target: &Path) -> Result<(), JailError> {
         let path = fs::canonicalize(source.name).map_err(at(STAGE, format!("resolve {}", source.name.display())))?;
         let mountinfo = fs::read("/proc/self/mountinfo").map_err(at(STAGE, "list mounts"))?;
-        self.one(source, target)?;
-        let top = Source::open(target)?;
+        let top = self.one(source, target)?;
         for below in mountinfo::below(&mountinfo, &path) {
-            let found = beneath(&source.place, &below)?.zip(beneath(&top.place, &below)?);
+            let found = beneath(&source.place, &below)?.zip(beneath(&top, &below)?);
             let Some((from, to)) = found else { continue };
             let name = source.name.join(&below);
             let copy = self.copy(&from, &name, self.ids == Ids::Mapped)?;
-            let here = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-            move_mount(&copy, "", &to, "", here).map_err(at(STAGE, format!("mount {}", name.display())))?;
+            put(&copy, &to, &name)?;
         }
         Ok(())
     }
@@ -134,6 +132,12 @@ impl Graft<'_> {
             result => result.map_err(at(STAGE, format!("map ids of {}", name.display()))),
         }
     }
+}
+
+/// Mounts a copy, made of what is called `name`, where `place` is held.
+fn put(copy: &OwnedFd, place: &OwnedFd, name: &Path) -> Result<(), JailError> {
+    let held = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    move_mount(copy, "", place, "", held).map_err(at(STAGE, format!("mount {}", name.display())))
 }
 
 /// Opens a directory below another; `None` where it is hidden by a mount, or gone since it was listed.

@@ -97,7 +97,7 @@ fn put(entry: &Entry, plan: &Plan, users: BorrowedFd<'_>) -> Result<(), JailErro
         return graft.all(&source, &target);
     }
     File::create_new(&target).map_err(at(STAGE, format!("make {}", target.display())))?;
-    graft.one(&source, &target)
+    graft.one(&source, &target).map(drop)
 }
 
 impl Kind {
