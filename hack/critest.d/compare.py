@@ -27,7 +27,7 @@ def specs(path):
 def exceptions(path):
     with open(path) as file:
         lines = [line.strip() for line in file if line.strip() and not line.startswith("#")]
-    return [line.rsplit("|", 1) for line in lines]
+    return [line.removeprefix("suite:").rsplit("|", 1) for line in lines]
 
 
 def count(found):

@@ -32,6 +32,7 @@ use nacelle_protocol::vm::{
 use nacelle_vmm::jail::{self, Descriptors};
 use nacelle_vmm::plan::Plan;
 use nacelle_vmm::{log, report};
+use rustix::event::{PollFd, PollFlags, poll};
 
 const BASE: u32 = 700_000;
 const PORT: u32 = 1024;
@@ -112,7 +113,7 @@ impl Bench {
                 uid_count: 65_536,
                 network: Network::Join(PathBuf::from(format!("/proc/{}/ns/net", std::process::id()))),
                 cgroups: Vec::new(),
-                max_files: 65_536,
+                max_files: 4096,
                 landlock: Landlock::Require,
                 seccomp: Seccomp::Enforce,
             },
@@ -139,13 +140,24 @@ impl Bench {
             .env_clear()
             .env(VMM, if jailed { "jailed" } else { "plain" })
             .stdin(Stdio::null())
-            .stdout(Stdio::null());
+            .stdout(Stdio::null())
+            // What matters comes through the report's pipe.
+            .stderr(Stdio::null());
         command.fd_mappings(given.map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd }).into())?;
         config_in.write_all(&serde_json::to_vec(&config)?)?;
         drop(config_in);
         let begin = Instant::now();
         let mut child = command.spawn()?;
         drop(command);
+        // Whoever fails before it calls closes the report's pipe.
+        let mut wait = [PollFd::new(&self.listener, PollFlags::IN), PollFd::new(&reports, PollFlags::empty())];
+        poll(&mut wait, None)?;
+        if wait[0].revents().is_empty() {
+            child.wait()?;
+            let mut said = String::new();
+            reports.read_to_string(&mut said)?;
+            return Err(format!("the process ended before it called: {said}").into());
+        }
         let (mut caller, _) = self.listener.accept()?;
         let took = begin.elapsed();
         child.wait()?;
