@@ -21,7 +21,7 @@ use crate::guest::GuestEvent;
 use crate::hooks;
 use crate::network;
 use crate::patches::{Patches, PatchesError};
-use crate::pod::{Env, Host, Pod, PodError, blocking, link_layers};
+use crate::pod::{Env, Host, Pod, PodError, Start, blocking, link_layers};
 use crate::sandbox::{KILLED, ProcessKey, Refusal};
 use crate::spec::{self, Translation, Volume};
 use crate::stdio::{Io, Owner, Wanted};
@@ -165,7 +165,8 @@ pub async fn create_first(
     let local = Local::new(&bundle, &request.rootfs, &volumes);
     let hooks = local.hooks.as_ref().map(|hooks| (hooks, local.hook_state(&id, "creating", 0)));
     let booted = async {
-        let boot = Pod::boot(&env, host.clone(), listeners?, &programs, &bundle, size, share, hooks);
+        let start = Start { programs: &programs, bundle: &bundle, size, volumes: share, hooks };
+        let boot = Pod::boot(&env, host.clone(), listeners?, start);
         let (pod, events) = boot.await?;
         Ok::<_, TaskError>((Arc::new(pod), events))
     };
