@@ -21,6 +21,7 @@ pub const CASES: &[Case] = &[
     Case::new("bind_mount_of_a_directory", bind_mount_of_a_directory),
     Case::only_nacelle("mounts_of_the_host_arrive_later", mounts_of_the_host_arrive_later, "it looks at the VMM"),
     Case::new("bind_mount_of_a_file_hides_its_siblings", bind_mount_of_a_file_hides_its_siblings),
+    Case::new("volumes_take_every_operation", volumes_take_every_operation),
     Case::new("bind_mounts_keep_owners_and_modes", bind_mounts_keep_owners_and_modes),
     Case::new("tmpfs_mount", tmpfs_mount),
     Case::new("thirty_layers", thirty_layers),
@@ -107,6 +108,65 @@ fn bind_mount_of_a_file_hides_its_siblings(node: &Node) {
     let run = node.run(&["--rm", "--mount", &mount], BUSYBOX, &["sh", "-c", script]).ok();
     assert_eq!(run.text(), "1\ndone");
     assert_eq!(fs::read_to_string(dir.join("one")).expect("read the file"), "written\n");
+}
+
+fn volumes_take_every_operation(node: &Node) {
+    let dir = node.path("operations");
+    fs::remove_dir_all(&dir).ok();
+    fs::create_dir(&dir).expect("make a directory");
+    let image = node.image("debian-python");
+    let mount = format!("type=bind,src={},dst=/v,options=rbind:rw", dir.display());
+    // What a program may ask of a directory of the host's, and each is another call of the VMM's, which has a filter.
+    let script = r#"
+import fcntl, os
+os.chdir("/v")
+f = os.open("f", os.O_RDWR | os.O_CREAT)
+g = os.open("g", os.O_RDWR | os.O_CREAT)
+def links():
+    os.symlink("f", "soft"); os.link("f", "hard")
+    assert os.readlink("soft") == "f" and os.lstat("soft").st_nlink == 1 and os.stat("hard").st_nlink == 2
+def attributes(at, **how):
+    os.setxattr(at, "user.a", b"1", **how)
+    assert os.getxattr(at, "user.a", **how) == b"1" and "user.a" in os.listxattr(at, **how)
+    os.removexattr(at, "user.a", **how)
+def holes():
+    os.ftruncate(g, 1 << 20); os.pwrite(g, b"x", 1 << 19)
+    assert os.lseek(g, 8192, os.SEEK_DATA) == 1 << 19 and os.lseek(g, 1 << 19, os.SEEK_HOLE) > 1 << 19
+def names():
+    os.mkdir("d"); os.rename("f", "d/f"); os.rename("d/f", "f"); os.rmdir("d"); os.mkfifo("p"); os.unlink("p")
+for name, work in {
+    "write": lambda: os.pwritev(f, [b"x" * 4096, b"y" * 4096], 0),
+    "read": lambda: os.preadv(f, [bytearray(4096), bytearray(4096)], 0),
+    "fsync": lambda: os.fsync(f),
+    "fdatasync": lambda: os.fdatasync(f),
+    "ftruncate": lambda: os.ftruncate(f, 4096),
+    "truncate": lambda: os.truncate("f", 8192),
+    "fallocate": lambda: os.posix_fallocate(f, 0, 65536),
+    "fchmod": lambda: os.fchmod(f, 0o640),
+    "fchown": lambda: os.fchown(f, 12, 34),
+    "times": lambda: os.utime("f", (1, 2)),
+    "times of a descriptor": lambda: os.utime(f, (3, 4)),
+    "attributes": lambda: attributes("f"),
+    "attributes of a descriptor": lambda: attributes(f),
+    "links": links,
+    "attributes of a link": lambda: os.listxattr("soft", follow_symlinks=False),
+    "copy_file_range": lambda: os.copy_file_range(f, g, 4096, 0, 0),
+    "holes": holes,
+    "names": names,
+    "lock": lambda: fcntl.lockf(f, fcntl.LOCK_EX),
+    "statvfs": lambda: os.statvfs("/v").f_bsize,
+    "sync": os.sync,
+}.items():
+    try:
+        work()
+    except Exception as error:
+        print(name, "failed:", error)
+print("done")
+"#;
+    let run = node.run(&["--rm", "--mount", &mount], &image, &["python3", "-c", script]).within(patience() * 2).ok();
+    assert_eq!(run.text(), "done");
+    let file = fs::metadata(dir.join("f")).expect("the container made it");
+    assert_eq!((file.uid(), file.gid(), file.mode() & 0o777, file.mtime()), (12, 34, 0o640, 4));
 }
 
 fn bind_mounts_keep_owners_and_modes(node: &Node) {
