@@ -31,7 +31,7 @@ const MOUNTINFO: &str = "/proc/self/mountinfo";
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// A mount, as a line of mountinfo has it.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug)]
 struct Mount {
     id: u32,
     parent: u32,
@@ -71,7 +71,7 @@ fn unescape(field: &[u8]) -> PathBuf {
 }
 
 /// What is to be done about mount points, relative to the share.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 struct Changes {
     cover: BTreeSet<PathBuf>,
     uncover: Vec<PathBuf>,
@@ -90,8 +90,8 @@ impl Arrivals {
         let mut changes = Changes::default();
         self.0.retain(|known| {
             let here = table.iter().any(|mount| mount.same(known));
-            let copy = |mount: &&Mount| mount.idmapped && mount.point == known.point && mount.device == known.device;
-            if !here && table.iter().any(|mount| copy(&mount)) {
+            let copy = |mount: &Mount| mount.idmapped && mount.point == known.point && mount.device == known.device;
+            if !here && table.iter().any(copy) {
                 changes.uncover.push(below(known));
             }
             here
