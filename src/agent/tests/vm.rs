@@ -98,6 +98,7 @@ async fn boot(memory_mib: u32) -> (Machine, Host) {
             root: at("root"),
             uid_base: 231_072,
             uid_count: 65_536,
+            pod_root: None,
             network: Network::New,
             cgroups: vec![],
             max_files: 1 << 16,

@@ -151,6 +151,10 @@ pub struct Jail {
     pub uid_base: u32,
     /// How many ids belong to it, from `uid_base` on.
     pub uid_count: u32,
+    /// Where the pod has a user namespace: the guest's id for root of it. The guest's ids from there on are the sandbox's
+    /// from its second on, and of those below only root is one; id 0 of a volume's files is root of the pod.
+    #[serde(default)]
+    pub pod_root: Option<u32>,
     /// Where the VMM's network is.
     pub network: Network,
     /// Directory of a cgroup (v2, or one per hierarchy of v1) to join first.

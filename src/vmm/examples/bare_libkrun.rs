@@ -103,6 +103,7 @@ fn config(kernel: &str, image: &str, vcpus: u8, memory_mib: u32, args: &[String]
             root: "/".into(),
             uid_base: 1,
             uid_count: 1,
+            pod_root: None,
             network: Network::New,
             cgroups: Vec::new(),
             max_files: 0,

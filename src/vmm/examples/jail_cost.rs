@@ -111,6 +111,7 @@ impl Bench {
                 root: path("jail"),
                 uid_base: BASE,
                 uid_count: 65_536,
+                pod_root: None,
                 network: Network::Join(PathBuf::from(format!("/proc/{}/ns/net", std::process::id()))),
                 cgroups: Vec::new(),
                 max_files: 4096,

@@ -29,7 +29,7 @@ use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
-use nacelle_protocol::vm::{CONFIG_FD, CONSOLE_FD, LIFELINE_FD, Network, REPORT_FD, Report};
+use nacelle_protocol::vm::{CONFIG_FD, CONSOLE_FD, Jail, LIFELINE_FD, Network, REPORT_FD, Report};
 use rustix::fs::FileType;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount};
 use rustix::process::{DumpableBehavior, Pid, Resource, Rlimit, WaitOptions, chdir, pivot_root, waitpid};
@@ -148,7 +148,8 @@ pub fn enter(plan: &Plan, console: &File) -> Result<(), JailError> {
     }
 
     // 4. The user namespace, held by a descriptor: entered last, but needed now to map the ids of mounts.
-    let users = user_namespace(jail.uid_base, jail.uid_count)?;
+    let users = user_namespace(&extents(jail))?;
+    let pods = jail.pod_root.map(|_| user_namespace(&[pod_extent(jail.uid_base, jail.uid_count)])).transpose()?;
 
     // 5. and 6. Namespaces. What the host mounts below a share later must still arrive, and nothing may leave: slave.
     let mut flags = UnshareFlags::NEWNS;
@@ -170,7 +171,8 @@ pub fn enter(plan: &Plan, console: &File) -> Result<(), JailError> {
         .map_err(at("namespaces", "make mounts slaves of the host's"))?;
 
     // 7. The root.
-    root::assemble(plan, users.as_fd())?;
+    root::assemble(plan, users.as_fd(), pods.as_ref().unwrap_or(&users).as_fd())?;
+    drop(pods);
 
     // 8. The PID namespace holds for children only. The child waits until it has been reported, so that the shim reads
     //    its process id before anything that it says itself.
@@ -232,6 +234,8 @@ pub struct Volume<'a> {
     pub recursive: bool,
     /// Refuse every change.
     pub read_only: bool,
+    /// Its files' ids are those of the pod's user namespace, if there is one.
+    pub mapped: bool,
 }
 
 /// Mounts a volume for the sandbox whose VMM is process `vmm`, in the mount namespace of the caller, with the ids of its
@@ -241,7 +245,14 @@ pub struct Volume<'a> {
 /// [`JailError`] with the step that failed. A file system that cannot map ids is reported as [`Report::Degraded`].
 pub fn bind(vmm: u32, volume: &Volume<'_>) -> Result<(), JailError> {
     let path = format!("/proc/{vmm}/ns/user");
-    let users = File::open(&path).map_err(at("user namespace", format!("open {path}")))?;
+    let users = match volume.mapped {
+        true => pod_users(vmm)?,
+        false => None,
+    };
+    let users = match users {
+        Some(users) => users,
+        None => File::open(&path).map_err(at("user namespace", format!("open {path}")))?.into(),
+    };
     let source = Source::open(volume.source)?;
     let graft = Graft { users: users.as_fd(), range: 0..0, ids: Ids::Mapped, read_only: volume.read_only };
     if volume.recursive && source.file_type == FileType::Directory {
@@ -258,7 +269,7 @@ pub fn bind(vmm: u32, volume: &Volume<'_>) -> Result<(), JailError> {
 pub fn try_map(directory: &Path) -> Result<(), JailError> {
     // Any range but the host's own will do.
     const IDS: u32 = 65_536;
-    let users = user_namespace(IDS, IDS)?;
+    let users = user_namespace(&[[0, IDS, IDS]])?;
     let source = Source::open(directory)?;
     Graft { users: users.as_fd(), range: 0..0, ids: Ids::Mapped, read_only: true }.try_one(&source)
 }
@@ -283,8 +294,42 @@ fn limit(resource: Resource, value: u64, name: &str) -> Result<(), JailError> {
         .map_err(at("limits", format!("limit {name} to {value}")))
 }
 
-/// Makes a user namespace where id 0 is `base` and `count` ids are mapped, without entering it.
-fn user_namespace(base: u32, count: u32) -> Result<OwnedFd, JailError> {
+/// As in user_namespaces(7): first id inside, first id outside, how many.
+type Extent = [u32; 3];
+
+/// The sandbox's ids.
+///
+/// ```text
+///  inside    0 ──────────────────── count      where the pod has a user namespace:   0   pod_root ──────────────
+///  outside   base ───────── base + count                                          base   base + 1 ─ base + count
+/// ```
+fn extents(jail: &Jail) -> Vec<Extent> {
+    let (base, count) = (jail.uid_base, jail.uid_count);
+    match jail.pod_root {
+        None => vec![[0, base, count]],
+        Some(root) => vec![[0, base, 1], [root, base + 1, count - 1]],
+    }
+}
+
+/// Ids of a pod with a user namespace, as its volumes' files have them.
+fn pod_extent(base: u32, count: u32) -> Extent {
+    [0, base + 1, count - 1]
+}
+
+/// The same for a VMM that runs, if its pod has a user namespace. The map is the kernel's word.
+fn pod_users(vmm: u32) -> Result<Option<OwnedFd>, JailError> {
+    let path = format!("/proc/{vmm}/uid_map");
+    let map = fs::read_to_string(&path).map_err(at("user namespace", format!("read {path}")))?;
+    let extents: Vec<Vec<u32>> =
+        map.lines().map(|line| line.split_whitespace().filter_map(|word| word.parse().ok()).collect()).collect();
+    match extents.as_slice() {
+        [_, second] if second.len() == 3 => user_namespace(&[[0, second[1], second[2]]]).map(Some),
+        _ => Ok(None),
+    }
+}
+
+/// Makes a user namespace with these ids, without entering it.
+fn user_namespace(extents: &[Extent]) -> Result<OwnedFd, JailError> {
     let stage = "user namespace";
     let (hold, release) = rustix::pipe::pipe().map_err(at(stage, "make pipe"))?;
     let (ready, made) = rustix::pipe::pipe().map_err(at(stage, "make pipe"))?;
@@ -304,8 +349,11 @@ fn user_namespace(base: u32, count: u32) -> Result<OwnedFd, JailError> {
         }
         let proc = format!("/proc/{}", child.as_raw_nonzero());
         for map in ["uid_map", "gid_map"] {
-            fs::write(format!("{proc}/{map}"), format!("0 {base} {count}"))
-                .map_err(at(stage, format!("map {count} ids from {base} on")))?;
+            let lines: Vec<_> =
+                extents.iter().map(|[inside, outside, count]| format!("{inside} {outside} {count}")).collect();
+            // In one call, as it is possible once only.
+            fs::write(format!("{proc}/{map}"), lines.join("\n"))
+                .map_err(at(stage, format!("map ids {}", lines.join(", "))))?;
         }
         File::open(format!("{proc}/ns/user")).map_err(at(stage, "open user namespace"))
     })();

@@ -7,8 +7,9 @@
 //!  nacelle-vmm --version
 //! ```
 //!
-//! PID is the VMM's; OPTIONS is `rw` or `ro`, or either with `,recursive`. What cannot be mapped, or went wrong, is told
-//! as [`Report`] lines on standard output.
+//! PID is the VMM's; OPTIONS is `rw` or `ro`, with `,recursive` for the mounts below, and with `,mapped` where the files' ids
+//! are those of the pod's user namespace. What cannot be mapped, or went wrong, is told as [`Report`] lines on standard
+//! output.
 //!
 //! Exit status: 2 used wrongly, 1 failed (a [`Report::Failed`] says why), else 0 or what libkrun makes of the guest's
 //! end.
@@ -71,15 +72,22 @@ fn bind(pid: &OsStr, volumes: &[OsString]) -> ExitCode {
     let (volumes, []) = volumes.as_chunks::<3>() else { return usage("bind takes three words a volume") };
     let mut parsed = Vec::with_capacity(volumes.len());
     for [source, target, options] in volumes {
-        let (access, rest) = options.to_str().map_or(("", None), |text| match text.split_once(',') {
-            Some((access, rest)) => (access, Some(rest)),
-            None => (text, None),
-        });
-        if !matches!(access, "ro" | "rw") || !matches!(rest, None | Some("recursive")) {
-            return usage("bind takes `rw` or `ro`, or either with `,recursive`");
-        }
         let (source, target) = (Path::new(source), Path::new(target));
-        parsed.push(Volume { source, target, recursive: rest.is_some(), read_only: access == "ro" });
+        let mut volume = Volume { source, target, recursive: false, read_only: false, mapped: false };
+        let mut words = options.to_str().unwrap_or_default().split(',');
+        match words.next() {
+            Some("rw") => {}
+            Some("ro") => volume.read_only = true,
+            _ => return usage("bind takes options that begin with `rw` or `ro`"),
+        }
+        for word in words {
+            match word {
+                "recursive" => volume.recursive = true,
+                "mapped" => volume.mapped = true,
+                _ => return usage("bind takes the options `recursive` and `mapped` beside `rw` or `ro`"),
+            }
+        }
+        parsed.push(volume);
     }
     told(|| parsed.iter().try_for_each(|volume| jail::bind(pid, volume)))
 }

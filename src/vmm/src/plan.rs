@@ -101,6 +101,9 @@ pub enum PlanError {
         /// The path.
         path: PathBuf,
     },
+    /// The guest's own root, or too high for the range.
+    #[error("plan jail: id {0} cannot be root of a pod's user namespace")]
+    PodRoot(u32),
     /// The range of ids is empty, holds root, or does not fit.
     #[error("plan jail: {count} ids from {base} on are no range of a sandbox")]
     Ids {
@@ -329,7 +332,13 @@ fn check_jail(jail: &Jail) -> Result<(), PlanError> {
     // 4294967295 is "no id" to the kernel, so no range may reach it.
     let (base, count) = (jail.uid_base, jail.uid_count);
     let fits = base.checked_add(count).is_some();
-    if base == 0 || count == 0 || !fits { Err(PlanError::Ids { base, count }) } else { Ok(()) }
+    if base == 0 || count == 0 || !fits {
+        return Err(PlanError::Ids { base, count });
+    }
+    match jail.pod_root {
+        Some(root) if root == 0 || count < 2 || root.checked_add(count - 1).is_none() => Err(PlanError::PodRoot(root)),
+        _ => Ok(()),
+    }
 }
 
 fn entry(
@@ -404,6 +413,7 @@ mod tests {
                 root: "/run/j".into(),
                 uid_base: 100_000,
                 uid_count: 65_536,
+                pod_root: None,
                 network: Network::New,
                 cgroups: Vec::new(),
                 max_files: 1024,
@@ -512,6 +522,11 @@ mod tests {
             let mut c = config();
             (c.jail.uid_base, c.jail.uid_count) = (base, count);
             assert_eq!(Plan::new(&c), Err(PlanError::Ids { base, count }));
+        }
+        for (root, good) in [(0, false), (1, true), (u32::MAX - 65_535, true), (u32::MAX - 65_534, false)] {
+            let mut c = config();
+            c.jail.pod_root = Some(root);
+            assert_eq!(Plan::new(&c).is_ok(), good, "{root}");
         }
     }
 

@@ -58,6 +58,7 @@ fn config(dir: &Path) -> VmConfig {
             root: dir.join("jail"),
             uid_base: 700_000,
             uid_count: 65_536,
+            pod_root: None,
             network: Network::New,
             cgroups: Vec::new(),
             max_files: 1024,

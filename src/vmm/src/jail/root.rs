@@ -16,7 +16,7 @@ use rustix::mount::{MountFlags, mount};
 
 use super::graft::{Graft, Source};
 use super::{JailError, Step, at, attributes, set_attributes};
-use crate::plan::{Entry, Kind, Plan};
+use crate::plan::{Entry, Ids, Kind, Plan};
 
 const STAGE: &str = "root";
 
@@ -28,8 +28,8 @@ const DEVICES: [(&str, u32, u32, Mode); 3] =
 /// The way to the taps, where there may be some. Without capabilities it leads to those of the sandbox's own id only.
 const TUN: (&str, u32, u32, Mode) = ("net/tun", 10, 200, Mode::RUSR.union(Mode::WUSR));
 
-/// Puts the root together at `plan.jail.root`. `users` is the sandbox's user namespace.
-pub fn assemble(plan: &Plan, users: BorrowedFd<'_>) -> Result<(), JailError> {
+/// Puts the root together at `plan.jail.root`. `users` is the sandbox's user namespace, `pods` has the ids of volumes' files.
+pub fn assemble(plan: &Plan, users: BorrowedFd<'_>, pods: BorrowedFd<'_>) -> Result<(), JailError> {
     let root = &plan.jail.root;
     // A mount point and a directory for each entry, and what stands below.
     let inodes = 2 * plan.entries.len() + 16;
@@ -53,7 +53,7 @@ pub fn assemble(plan: &Plan, users: BorrowedFd<'_>) -> Result<(), JailError> {
 
     directory(&root.join("proc"))?;
     for entry in &plan.entries {
-        put(entry, plan, users)?;
+        put(entry, plan, if entry.ids == Ids::Mapped { pods } else { users })?;
     }
 
     for sealed in [&dev, root].into_iter().filter(|_| Step::Seal.taken()) {

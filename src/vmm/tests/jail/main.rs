@@ -64,6 +64,7 @@ fn main() {
         mapped_share_makes_no_devices,
         later_mounts_arrive,
         later_volumes_are_mapped,
+        a_pods_user_namespace,
         mounts_that_cannot_be_mapped_are_reported,
         files_of_the_host_stay_the_hosts,
         descriptors_are_closed,
@@ -406,6 +407,45 @@ fn later_volumes_are_mapped() {
     assert_eq!(sandbox.ask(&["list", "/share/volumes/dir"]), "");
     // The directory cannot be removed with a mount in it.
     unmount(host.join("below"), UnmountFlags::DETACH).expect("unmount");
+}
+
+/// Step 4: where the pod has a user namespace, its ids are the guest's from there on, and id 0 of a mapped volume is its root.
+/// A volume that is not mapped has the ids of the host, where they are the pod's.
+fn a_pods_user_namespace() {
+    const ROOT: u32 = 131_072;
+    let mut setup = Setup::inner();
+    setup.config.jail.pod_root = Some(ROOT);
+    let [volumes, host] = ["volumes", "host"].map(|name| setup.path(name));
+    for dir in [volumes.join("mapped"), volumes.join("plain"), host.clone()] {
+        fs::create_dir(dir).expect("directory");
+    }
+    fs::write(volumes.join("of-0"), "").expect("write");
+    for (name, owner) in [("of-0", 0), ("of-1000", 1000), ("of-pod", ROOT + 7)] {
+        fs::write(host.join(name), name).expect("write");
+        chown(host.join(name), Some(owner), Some(owner)).expect("owner");
+    }
+    let mut sandbox = setup.start();
+    for (target, options) in [("mapped", "rw,mapped"), ("plain", "rw")] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_nacelle-vmm"));
+        command.args(["bind", &sandbox.pid.as_raw_nonzero().to_string()]);
+        let output = command.args([&host, &volumes.join(target), Path::new(options)]).output().expect("run");
+        assert!(output.status.success() && output.stdout.is_empty(), "{output:?}");
+    }
+    let mut owner = |path: &str| {
+        let said = sandbox.ask(&["stat", &format!("/share/volumes/{path}")]);
+        said.split(' ').next().and_then(|uid| uid.parse::<u32>().ok()).expect("an owner")
+    };
+    assert_eq!(owner("of-0"), ROOT, "the share that is there from the start");
+    assert_eq!([owner("mapped/of-0"), owner("mapped/of-1000")], [ROOT, ROOT + 1000]);
+    assert_eq!(owner("mapped/of-pod"), 65_534, "beyond the range");
+    assert_eq!([owner("plain/of-0"), owner("plain/of-1000"), owner("plain/of-pod")], [0, 65_534, ROOT + 7]);
+
+    let [pod, thousand] = [ROOT, ROOT + 1000].map(|id| id.to_string());
+    sandbox.ask(&["create-as", &pod, &pod, "/share/volumes/mapped/new"]);
+    assert_eq!(fs::metadata(host.join("new")).expect("stat").uid(), 0);
+    sandbox.ask(&["chown", "/share/volumes/mapped/new", &thousand, &thousand]);
+    assert_eq!(fs::metadata(host.join("new")).expect("stat").uid(), 1000);
+    assert!(sandbox.tell(&["create-as", "1000", "1000", "/share/volumes/mapped/other"]).is_err(), "not the pod's");
 }
 
 /// Step 7: what cannot be mapped is served as it is, and said.

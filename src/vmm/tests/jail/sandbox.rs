@@ -67,6 +67,7 @@ impl Setup {
                 root: path("jail"),
                 uid_base: BASE,
                 uid_count: 65_536,
+                pod_root: None,
                 network: Network::New,
                 cgroups: Vec::new(),
                 max_files: 4096,
