@@ -25,9 +25,10 @@ use crate::quota::Limit;
 use crate::reap::Ended;
 use crate::runner::{Job, Operation};
 use crate::spawn::{self, SpawnError};
-use crate::spec::{self, Plan};
+use crate::spec::{self, Joined, Plan};
 use crate::stdio::{self, Names};
 use crate::task::{Container, Phase, Process};
+use crate::users::PodUsers;
 
 /// A container's own directory: config.json, libcontainer's state, the mount point of the root.
 pub fn directory(id: &str) -> PathBuf {
@@ -36,7 +37,8 @@ pub fn directory(id: &str) -> PathBuf {
 
 /// Something done that has to be undone if a later step fails.
 enum Undo {
-    Rootfs(Vec<Lower>),
+    /// And whether their ids are mapped.
+    Rootfs(Vec<Lower>, bool),
     Mirrors(Vec<String>),
     Cgroup(Cgroup),
 }
@@ -52,9 +54,17 @@ impl Guest {
         stdio::check(&names).map_err(|error| GuestError::Stdio(label(id, ""), error))?;
         let config: Config =
             serde_json::from_slice(config).map_err(|error| GuestError::Request(format!("container {id}: {error}")))?;
-        let pids = if config.pod_pids { Some(self.pod_pids().await?) } else { None };
-        let plan = spec::plan(config.spec, id, names.terminal, pids)
+        let users = match config.users {
+            Some(users) => Some(self.pod_users(users).await?),
+            None => None,
+        };
+        let joined = Joined {
+            pids: if config.pod_pids { Some(self.pod_pids(users.map(PodUsers::path)).await?) } else { None },
+            users: users.map(PodUsers::path),
+        };
+        let mut plan = spec::plan(config.spec, id, names.terminal, &joined)
             .map_err(|error| GuestError::Spec(label(id, ""), error))?;
+        plan.owner = self.outside(plan.owner);
         self.reserve(id)?;
 
         let mut undo = Vec::new();
@@ -112,17 +122,22 @@ impl Guest {
         let state = directory(id).join("state");
         fs::create_dir_all(&state).map_err(|error| GuestError::System(format!("create {}", state.display()), error))?;
 
-        let lowers = rootfs.lowers;
+        let (lowers, mapped) = (rootfs.lowers, rootfs.mapped);
+        let users = match self.pod_users_file() {
+            Some(users) if mapped => Some(users?),
+            None if mapped => return Err(GuestError::Request(format!("container {id}: mapped layers, but no users"))),
+            _ => None,
+        };
         let limit = rootfs.upper_bytes.map(|bytes| self.upper_limit(id, bytes)).transpose()?;
         // The host is dialled while the file systems are mounted.
         let mounting = {
             let (table, id, lowers) = (self.lowers.clone(), id.to_owned(), lowers.clone());
-            blocking(move || mount::mount_rootfs(&table, &id, &lowers, limit.as_ref()))
+            blocking(move || mount::mount_rootfs(&table, &id, &lowers, users.as_ref(), limit.as_ref()))
         };
         let connecting = self.streams(id, "", &names, plan.owner);
         let (mounted, connected) = tokio::join!(mounting, connecting);
         mounted.map_err(|error| GuestError::Mount(label(id, ""), error))?;
-        undo.push(Undo::Rootfs(lowers.clone()));
+        undo.push(Undo::Rootfs(lowers.clone(), mapped));
         let (streams, stdio) = connected?;
         let mut volumes = Vec::new();
         for mirror in mirrors {
@@ -167,6 +182,7 @@ impl Guest {
             memory_watch: self.watch_memory(id, &cgroup),
             cgroup,
             lowers,
+            mapped,
             mirrors: volumes,
             defaults: plan.defaults,
             report: Some(report),
@@ -249,7 +265,7 @@ impl Guest {
         let container = container.ok_or_else(|| GuestError::NotFound(label(id, "")))?;
         let pid = container.init.pid;
         let undo = vec![
-            Undo::Rootfs(container.lowers.clone()),
+            Undo::Rootfs(container.lowers.clone(), container.mapped),
             Undo::Mirrors(container.mirrors.clone()),
             Undo::Cgroup(container.cgroup.clone()),
         ];
@@ -271,9 +287,9 @@ impl Guest {
                 Undo::Mirrors(volumes) => {
                     blocking(move || volumes.iter().for_each(|volume| mirror::remove(volume))).await
                 }
-                Undo::Rootfs(lowers) => {
+                Undo::Rootfs(lowers, mapped) => {
                     let (table, id) = (self.lowers.clone(), id.to_owned());
-                    blocking(move || mount::unmount_rootfs(&table, &id, &lowers)).await;
+                    blocking(move || mount::unmount_rootfs(&table, &id, &lowers, mapped)).await;
                 }
             }
         }

@@ -134,7 +134,7 @@ impl Guest {
         state: &Path,
         start: &crate::reap::Start,
     ) -> Result<(u32, Io), GuestError> {
-        let (streams, stdio) = self.streams(id, exec_id, names, plan.owner).await?;
+        let (streams, stdio) = self.streams(id, exec_id, names, self.outside(plan.owner)).await?;
         let scratch = Scratch(directory(id).join(format!("exec-{}", self.serial())));
         let own = scratch.0.join(id);
         fs::create_dir_all(&own)

@@ -4,10 +4,11 @@
 //! so that a second one on the same id is refused at once.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
-use nacelle_protocol::agent::{Exit, Oom, event::What};
+use nacelle_protocol::agent::{Exit, Oom, Users, event::What};
 use thiserror::Error;
 use tokio::sync::Notify;
 
@@ -23,6 +24,7 @@ use crate::spec::SpecError;
 use crate::stats::{hugepage_sizes, metrics};
 use crate::stdio::StdioError;
 use crate::task::{Container, Process};
+use crate::users::PodUsers;
 
 /// Most containers, and most execs of one container, at any time.
 pub const MAX_ENTRIES: usize = 4096;
@@ -96,6 +98,8 @@ pub struct Guest {
     pub shutdown: Notify,
     /// First process of the PID namespace that containers share, once one has asked for it.
     pod_pids: tokio::sync::OnceCell<u32>,
+    /// The user namespace that containers share, once one has asked for it.
+    pod_users: tokio::sync::OnceCell<PodUsers>,
     table: Mutex<Table>,
     serial: std::sync::atomic::AtomicU64,
 }
@@ -113,6 +117,7 @@ impl Guest {
             cpus: Arc::default(),
             shutdown: Notify::new(),
             pod_pids: tokio::sync::OnceCell::new(),
+            pod_users: tokio::sync::OnceCell::new(),
             table: Mutex::default(),
             serial: std::sync::atomic::AtomicU64::new(0),
         })
@@ -123,14 +128,44 @@ impl Guest {
         self.table.lock().expect("nothing panics while it holds the table of containers")
     }
 
-    /// The first process of the PID namespace that containers share.
+    /// The user namespace with these ids, which containers share.
+    ///
+    /// # Errors
+    /// [`GuestError::System`], and [`GuestError::Request`] when the pod has one with other ids.
+    pub async fn pod_users(&self, users: Users) -> Result<&PodUsers, GuestError> {
+        let make = || async {
+            let program = self.program.clone();
+            let made = tokio::task::spawn_blocking(move || PodUsers::make(&program, users)).await;
+            made.unwrap_or_else(|error| Err(std::io::Error::other(error)))
+                .map_err(|error| GuestError::System("make user namespace of the pod".into(), error))
+        };
+        let pods = self.pod_users.get_or_try_init(make).await?;
+        match pods.users == users {
+            true => Ok(pods),
+            false => Err(GuestError::Request("use a user namespace: the pod has one with other ids".into())),
+        }
+    }
+
+    /// The user namespace that containers share, held once more.
+    pub fn pod_users_file(&self) -> Option<Result<File, GuestError>> {
+        let held = |users: &PodUsers| users.file().try_clone();
+        self.pod_users.get().map(held).map(|file| file.map_err(|e| GuestError::System("hold user namespace".into(), e)))
+    }
+
+    /// User and group of a process, as the guest's kernel has them.
+    pub fn outside(&self, (uid, gid): (u32, u32)) -> (u32, u32) {
+        self.pod_users.get().map_or((uid, gid), |users| (users.outside(uid), users.outside(gid)))
+    }
+
+    /// The first process of the PID namespace that containers share, which belongs to the user namespace at `users`.
     ///
     /// # Errors
     /// [`GuestError::System`]
-    pub async fn pod_pids(&self) -> Result<u32, GuestError> {
+    pub async fn pod_pids(&self, users: Option<PathBuf>) -> Result<u32, GuestError> {
         let make = || async {
             let program = self.program.clone();
-            let made = tokio::task::spawn_blocking(move || pod::make_pid_namespace(&program)).await;
+            let make = move || pod::make_pid_namespace(&program, users.as_deref());
+            let made = tokio::task::spawn_blocking(make).await;
             made.unwrap_or_else(|error| Err(std::io::Error::other(error)))
                 .map_err(|error| GuestError::System("make PID namespace of the pod".into(), error))
         };

@@ -11,6 +11,7 @@
 //!                          │    ├ mirror    copies of volumes whose changes a watcher must hear of
 //!                          │    ├ cgroup, limits, stats
 //!                          │    ├ pod       the PID namespace that containers may share
+//!                          │    ├ users     the user namespace that they are in, where the pod has one
 //!                          │    └ stdio     pipes and terminals ⇄ frames on vsock
 //!                          ├ reap, events   every exit once, in order
 //!                          └ clock
@@ -55,3 +56,4 @@ pub mod stats;
 pub mod stdio;
 pub mod task;
 pub mod terminal;
+pub mod users;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use nacelle_agent::console::chain;
 use nacelle_agent::guest::Guest;
-use nacelle_agent::{dial, init, pod, runner, say, serve};
+use nacelle_agent::{dial, init, pod, runner, say, serve, users};
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os();
@@ -14,10 +14,13 @@ fn main() -> ExitCode {
         return runner::main(args.next().as_deref().map(Path::new));
     }
     if name == pod::MAKER {
-        return pod::maker();
+        return pod::maker(args.next().as_deref().map(Path::new));
     }
     if name == pod::PAUSE {
         return pod::pause();
+    }
+    if name == users::MAKER {
+        return users::maker();
     }
     if std::process::id() != 1 {
         say!("this is the first process of a guest, and of no use elsewhere");

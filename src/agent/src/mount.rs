@@ -14,8 +14,9 @@
 //! where removing a container's files could reach into it.
 
 use std::collections::HashMap;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -29,6 +30,7 @@ use rustix::mount::{
 use thiserror::Error;
 
 use crate::quota::{self, Limit};
+use crate::users;
 
 /// Mount points of the lowers.
 const LOWERS_DIR: &str = "/run/nacelle/lowers";
@@ -88,37 +90,40 @@ pub struct Lowers {
 #[derive(Default)]
 struct Table {
     next: u64,
-    mounted: HashMap<String, (PathBuf, usize)>,
+    /// By name, and by whether their ids are mapped.
+    mounted: HashMap<(String, bool), (PathBuf, usize)>,
 }
 
 impl Lowers {
-    fn acquire(&self, lower: &Lower) -> Result<PathBuf, MountError> {
+    fn acquire(&self, lower: &Lower, users: Option<&File>) -> Result<PathBuf, MountError> {
         let file = share_file(&lower.name)?;
         let devices = lower.devices.iter().map(|name| share_file(name)).collect::<Result<Vec<_>, _>>()?;
         let mut table = self.lock();
-        if let Some((target, users)) = table.mounted.get_mut(&lower.name) {
-            *users += 1;
+        let key = (lower.name.clone(), users.is_some());
+        if let Some((target, uses)) = table.mounted.get_mut(&key) {
+            *uses += 1;
             return Ok(target.clone());
         }
         let target = Path::new(LOWERS_DIR).join(table.next.to_string());
         table.next += 1;
         fs::create_dir_all(&target).map_err(io_error("create", &target))?;
-        if let Err(source) = mount_image(&file, &devices, &target) {
+        if let Err(source) = mount_image(&file, &devices, &target, users) {
             // Nothing is in it, and nobody has heard of it.
             let _ = fs::remove_dir(&target);
             return Err(MountError::Mount { what: file.display().to_string(), target, source });
         }
-        table.mounted.insert(lower.name.clone(), (target.clone(), 1));
+        table.mounted.insert(key, (target.clone(), 1));
         Ok(target)
     }
 
-    fn release(&self, lower: &Lower) {
+    fn release(&self, lower: &Lower, mapped: bool) {
         let mut table = self.lock();
-        let Some((target, users)) = table.mounted.get_mut(&lower.name) else { return };
-        *users -= 1;
-        if *users == 0 {
+        let key = (lower.name.clone(), mapped);
+        let Some((target, uses)) = table.mounted.get_mut(&key) else { return };
+        *uses -= 1;
+        if *uses == 0 {
             let target = target.clone();
-            table.mounted.remove(&lower.name);
+            table.mounted.remove(&key);
             detach(&target);
         }
     }
@@ -136,9 +141,9 @@ fn share_file(name: &str) -> Result<PathBuf, MountError> {
     Ok(Path::new(LAYERS_DIR).join(name))
 }
 
-/// Mounts an image. No loop device: EROFS reads the files itself (Linux 6.12).
-fn mount_image(file: &Path, devices: &[PathBuf], target: &Path) -> io::Result<()> {
-    if devices.is_empty() {
+/// Mounts an image, its ids those of the user namespace `users`. No loop device: EROFS reads the files itself (Linux 6.12).
+fn mount_image(file: &Path, devices: &[PathBuf], target: &Path, users: Option<&File>) -> io::Result<()> {
+    if devices.is_empty() && users.is_none() {
         return Ok(mount(file, target, "erofs", MountFlags::RDONLY | MountFlags::NOATIME, None)?);
     }
     // Their names may fill more than the page that mount(2) has for options.
@@ -151,6 +156,9 @@ fn mount_image(file: &Path, devices: &[PathBuf], target: &Path) -> io::Result<()
     fsconfig_create(&context)?;
     let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOATIME;
     let mounted = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    if let Some(users) = users {
+        users::map(mounted.as_fd(), users)?;
+    }
     Ok(move_mount(&mounted, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
 }
 
@@ -159,20 +167,27 @@ pub fn rootfs_path(id: &str) -> PathBuf {
     Path::new(CONTAINERS_DIR).join(id).join("rootfs")
 }
 
-/// Mounts the root file system of container `id` over `images`, bottom first; `limit` is that of its upper.
+/// Mounts the root file system of container `id` over `images`, bottom first; `users` is the user namespace whose ids they
+/// have, `limit` that of the upper.
 ///
 /// # Errors
 /// [`MountError`]; nothing stays mounted.
-pub fn mount_rootfs(lowers: &Lowers, id: &str, images: &[Lower], limit: Option<&Limit>) -> Result<(), MountError> {
+pub fn mount_rootfs(
+    lowers: &Lowers,
+    id: &str,
+    images: &[Lower],
+    users: Option<&File>,
+    limit: Option<&Limit>,
+) -> Result<(), MountError> {
     if images.is_empty() || images.len() > MAX_LOWERS {
         return Err(MountError::Count(images.len()));
     }
     let mut targets = Vec::with_capacity(images.len());
-    let mounted = images.iter().try_for_each(|image| lowers.acquire(image).map(|target| targets.push(target)));
+    let mounted = images.iter().try_for_each(|image| lowers.acquire(image, users).map(|target| targets.push(target)));
     let limited = || limit.map_or(Ok(()), |limit| limit_upper(id, limit));
     let mounted = mounted.and_then(|()| limited()).and_then(|()| overlay(id, &targets));
     if mounted.is_err() {
-        images.iter().take(targets.len()).for_each(|image| lowers.release(image));
+        images.iter().take(targets.len()).for_each(|image| lowers.release(image, users.is_some()));
         // It may not exist yet.
         let _ = fs::remove_dir(rootfs_path(id));
         remove_upper(id);
@@ -186,10 +201,11 @@ fn limit_upper(id: &str, limit: &Limit) -> Result<(), MountError> {
     limit.set(&directory).map_err(io_error("limit", &directory))
 }
 
-/// Undoes [`mount_rootfs`]; the upper is gone with it. What cannot be undone is said on the console.
-pub fn unmount_rootfs(lowers: &Lowers, id: &str, images: &[Lower]) {
+/// Undoes [`mount_rootfs`], whose images had their ids `mapped` or not; the upper is gone with it. What cannot be undone is
+/// said on the console.
+pub fn unmount_rootfs(lowers: &Lowers, id: &str, images: &[Lower], mapped: bool) {
     detach(&rootfs_path(id));
-    images.iter().for_each(|image| lowers.release(image));
+    images.iter().for_each(|image| lowers.release(image, mapped));
     remove_upper(id);
 }
 
@@ -321,12 +337,12 @@ mod tests {
         let lowers = Lowers::default();
         let lower = |name: &str| Lower { name: name.to_owned(), devices: Vec::new() };
         for bad in ["", ".", "..", "../x", "a/b", "a\0"] {
-            assert!(matches!(lowers.acquire(&lower(bad)), Err(MountError::Name(_))), "{bad:?}");
+            assert!(matches!(lowers.acquire(&lower(bad), None), Err(MountError::Name(_))), "{bad:?}");
             let device = Lower { devices: vec!["good".to_owned(), bad.to_owned()], ..lower("good") };
-            assert!(matches!(lowers.acquire(&device), Err(MountError::Name(_))), "{bad:?}");
+            assert!(matches!(lowers.acquire(&device, None), Err(MountError::Name(_))), "{bad:?}");
         }
-        assert!(matches!(mount_rootfs(&lowers, "x", &[], None), Err(MountError::Count(0))));
-        assert!(matches!(mount_rootfs(&lowers, "x", &vec![lower(""); 501], None), Err(MountError::Count(501))));
+        assert!(matches!(mount_rootfs(&lowers, "x", &[], None, None), Err(MountError::Count(0))));
+        assert!(matches!(mount_rootfs(&lowers, "x", &vec![lower(""); 501], None, None), Err(MountError::Count(501))));
     }
 
     #[test]

@@ -8,13 +8,13 @@
 //!  agent ── "nacelle-pod-pids": unshare, start, say its pid, exit ── "pause": PID 1 of the namespace, in an empty root
 //! ```
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Gid, Uid, setresgid, setresuid};
@@ -29,14 +29,15 @@ const EMPTY: &str = "/run/nacelle/empty";
 /// Neither root nor anybody else's: what Kubernetes' own pause runs as.
 const NOBODY: u32 = 65535;
 
-/// Makes a PID namespace with a first process in it; returns that one's pid in the guest. `program` is the agent. Blocks.
+/// Makes a PID namespace with a first process in it; returns that one's pid in the guest. `program` is the agent, `users` the
+/// path of the user namespace that it shall belong to, if that is not the guest's. Blocks.
 ///
 /// # Errors
 /// What the system says.
-pub fn make_pid_namespace(program: &Path) -> io::Result<u32> {
+pub fn make_pid_namespace(program: &Path, users: Option<&Path>) -> io::Result<u32> {
     fs::create_dir_all(EMPTY)?;
     let mut maker = Command::new(program);
-    maker.arg0(MAKER).env_clear().current_dir("/").stdin(Stdio::null()).stdout(Stdio::piped());
+    maker.arg0(MAKER).args(users).env_clear().current_dir("/").stdin(Stdio::null()).stdout(Stdio::piped());
     // The reaper waits for it.
     let child = maker.spawn()?;
     let mut said = String::new();
@@ -46,9 +47,15 @@ pub fn make_pid_namespace(program: &Path) -> io::Result<u32> {
     said.trim().parse().map_err(|_| io::Error::other("the process that makes it said no process id"))
 }
 
-/// The maker's whole life.
-pub fn maker() -> ExitCode {
+/// The maker's whole life. `users` is the path of a user namespace.
+pub fn maker(users: Option<&Path>) -> ExitCode {
     let made = || -> io::Result<u32> {
+        if let Some(users) = users {
+            setns(File::open(users)?, CloneFlags::CLONE_NEWUSER)?;
+            // Root of that namespace, so that what follows is its own.
+            setresgid(Gid::from_raw(0), Gid::from_raw(0), Gid::from_raw(0))?;
+            setresuid(Uid::from_raw(0), Uid::from_raw(0), Uid::from_raw(0))?;
+        }
         unshare(CloneFlags::CLONE_NEWPID)?;
         let mut pause = Command::new("/proc/self/exe");
         pause.arg0(PAUSE).env_clear().stdin(Stdio::null()).stdout(Stdio::null());

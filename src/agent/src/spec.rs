@@ -9,7 +9,8 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
-    Capabilities, LinuxCapabilities, LinuxNamespaceType, LinuxResources, LinuxSeccomp, Process, Spec,
+    Capabilities, LinuxCapabilities, LinuxNamespace, LinuxNamespaceType, LinuxResources, LinuxSeccomp, Mount, Process,
+    Spec,
 };
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -100,12 +101,20 @@ pub struct ExecPlan {
     pub owner: (u32, u32),
 }
 
-/// Takes the configuration of container `id` apart. `pids` is a process whose PID namespace it joins instead of one of its
-/// own.
+/// Namespaces of the pod that a container joins.
+#[derive(Debug, Default)]
+pub struct Joined {
+    /// A process whose PID namespace it joins, instead of one of its own.
+    pub pids: Option<u32>,
+    /// Path of its user namespace.
+    pub users: Option<PathBuf>,
+}
+
+/// Takes the configuration of container `id` apart.
 ///
 /// # Errors
 /// [`SpecError`]
-pub fn plan(spec: serde_json::Value, id: &str, terminal: bool, pids: Option<u32>) -> Result<Plan, SpecError> {
+pub fn plan(spec: serde_json::Value, id: &str, terminal: bool, joined: &Joined) -> Result<Plan, SpecError> {
     let mut spec: Spec = serde_json::from_value(spec).map_err(SpecError::Json)?;
     let mut process = spec.process().clone().ok_or(SpecError::Missing("process"))?;
     let mut linux = spec.linux().clone().ok_or(SpecError::Missing("linux"))?;
@@ -122,15 +131,25 @@ pub fn plan(spec: serde_json::Value, id: &str, terminal: bool, pids: Option<u32>
     }
     let (execute, owner) = take_apart(&mut process, &defaults, terminal, true)?;
     let mut namespaces = linux.namespaces().clone().unwrap_or_default();
-    if let Some(pid) = pids {
+    if let Some(pid) = joined.pids {
         let own = namespaces.iter_mut().find(|namespace| namespace.typ() == LinuxNamespaceType::Pid);
         own.ok_or(SpecError::Missing("pid namespace"))?.set_path(Some(format!("/proc/{pid}/ns/pid").into()));
-        linux.set_namespaces(Some(namespaces.clone()));
     }
+    if let Some(path) = &joined.users {
+        let mut users = LinuxNamespace::default();
+        users.set_typ(LinuxNamespaceType::User).set_path(Some(path.clone()));
+        namespaces.push(users);
+    }
+    linux.set_namespaces(Some(namespaces.clone()));
     // A namespace that is joined is somebody else's, or the guest's own.
     let has = |typ| namespaces.iter().any(|namespace| namespace.typ() == typ && namespace.path().is_none());
     if !has(LinuxNamespaceType::Mount) {
         return Err(SpecError::Missing("mount namespace"));
+    }
+
+    if joined.users.is_some() {
+        let mounts = spec.mounts().iter().flatten().cloned();
+        spec.set_mounts(Some(mounts.map(|mount| for_users(mount, has(LinuxNamespaceType::Ipc))).collect()));
     }
 
     let resources = linux.resources().clone();
@@ -156,6 +175,30 @@ pub fn plan(spec: serde_json::Value, id: &str, terminal: bool, pids: Option<u32>
     spec.set_process(Some(process));
     spec.set_linux(Some(linux));
     Ok(Plan { spec, execute, resources, sysctls, cgroup, owner, defaults })
+}
+
+/// What a process in a user namespace mounts instead. A sysfs shows network namespaces and an mqueue shows IPC objects, of
+/// those who own them; the guest's own are bound. What a mount of the guest's forbids, its copies there cannot allow.
+fn for_users(mut mount: Mount, own_ipc: bool) -> Mount {
+    let kind = mount.typ().clone().unwrap_or_default();
+    let mut options = mount.options().clone().unwrap_or_default();
+    let source = match kind.as_str() {
+        "sysfs" => "/sys",
+        "mqueue" if !own_ipc => "/dev/mqueue",
+        "bind" => {
+            options.extend(["nosuid".to_owned(), "nodev".to_owned()]);
+            mount.set_options(Some(options));
+            return mount;
+        }
+        _ => return mount,
+    };
+    // With what is mounted below: parts of a locked tree cannot be had.
+    options.push("rbind".to_owned());
+    if let Some(read_only) = options.iter_mut().find(|option| *option == "ro") {
+        *read_only = "rro".to_owned();
+    }
+    mount.set_typ(Some("bind".to_owned())).set_source(Some(source.into())).set_options(Some(options));
+    mount
 }
 
 /// Takes an exec's process apart.
@@ -294,7 +337,7 @@ mod tests {
 
     #[test]
     fn the_last_steps_are_the_executors() {
-        let plan = plan(spec(), "c1", true, None).expect("plan");
+        let plan = plan(spec(), "c1", true, &Joined::default()).expect("plan");
         let process = plan.spec.process().as_ref().expect("process");
         let linux = plan.spec.linux().as_ref().expect("linux");
         assert!(linux.seccomp().is_none() && linux.resources().is_none() && plan.spec.hooks().is_none());
@@ -321,15 +364,40 @@ mod tests {
 
     #[test]
     fn sysctls_go_where_their_namespace_is() {
-        let plan = plan(spec(), "c1", false, None).expect("plan");
+        let plan = plan(spec(), "c1", false, &Joined::default()).expect("plan");
         assert_eq!(plan.sysctls, [("net.ipv4.ip_forward".to_owned(), "1".to_owned())]);
         let own = plan.spec.linux().as_ref().and_then(|l| l.sysctl().clone()).expect("sysctls");
         assert_eq!(own.len(), 1);
     }
 
     #[test]
+    fn a_user_namespace_is_joined() {
+        let mut spec = spec();
+        spec["mounts"] = json!([
+            { "destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "ro"] },
+            { "destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue" },
+            { "destination": "/data", "type": "bind", "source": "/v", "options": ["rbind", "rw"] },
+            { "destination": "/proc", "type": "proc", "source": "proc" },
+        ]);
+        let joined = Joined { pids: None, users: Some("/proc/1/fd/9".into()) };
+        let plan = plan(spec, "c1", false, &joined).expect("plan");
+        let namespaces = plan.spec.linux().as_ref().and_then(|l| l.namespaces().clone()).expect("namespaces");
+        let users = namespaces.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::User).expect("user");
+        assert_eq!(users.path().as_deref(), Some(Path::new("/proc/1/fd/9")));
+        let mounts = plan.spec.mounts().clone().expect("mounts");
+        let of = |number: usize| {
+            let mount: &Mount = &mounts[number];
+            (mount.typ().clone().unwrap_or_default(), mount.options().clone().unwrap_or_default().join(","))
+        };
+        assert_eq!(of(0), ("bind".into(), "nosuid,rro,rbind".into()));
+        assert_eq!(of(1), ("mqueue".into(), String::new()), "it has IPC of its own");
+        assert_eq!(of(2), ("bind".into(), "rbind,rw,nosuid,nodev".into()));
+        assert_eq!(of(3), ("proc".into(), String::new()));
+    }
+
+    #[test]
     fn an_exec_inherits_what_it_does_not_say() {
-        let defaults = plan(spec(), "c1", false, None).expect("plan").defaults;
+        let defaults = plan(spec(), "c1", false, &Joined::default()).expect("plan").defaults;
         let exec = plan_exec(br#"{"args":["id"],"cwd":"/","user":{"uid":0,"gid":0}}"#, &defaults, false).expect("exec");
         assert_eq!(exec.process.oom_score_adj(), Some(5));
         assert_eq!(exec.execute.capabilities.bounding().as_ref().map(|set| set.len()), Some(1));
@@ -343,14 +411,14 @@ mod tests {
         let without = |pointer: &str| {
             let mut spec = spec();
             *spec.pointer_mut(pointer).expect("part") = serde_json::Value::Null;
-            plan(spec, "c1", false, None)
+            plan(spec, "c1", false, &Joined::default())
         };
         assert!(matches!(without("/process"), Err(SpecError::Missing("process"))));
         assert!(matches!(without("/process/args"), Err(SpecError::Missing("process.args"))));
         assert!(without("/linux").is_err());
-        assert!(plan(json!({"ociVersion": 3}), "c1", false, None).is_err());
+        assert!(plan(json!({"ociVersion": 3}), "c1", false, &Joined::default()).is_err());
         let mut zero = spec();
         zero["process"]["args"] = json!(["a\0b"]);
-        assert!(matches!(plan(zero, "c1", false, None), Err(SpecError::Zero(_))));
+        assert!(matches!(plan(zero, "c1", false, &Joined::default()), Err(SpecError::Zero(_))));
     }
 }

@@ -91,6 +91,8 @@ pub struct Container {
     pub cgroup: Cgroup,
     /// Its lowers, bottom first.
     pub lowers: Vec<Lower>,
+    /// Their ids are those of the pod's user namespace.
+    pub mapped: bool,
     /// Its volumes that are copies.
     pub mirrors: Vec<String>,
     /// What execs take from it.

@@ -64,8 +64,21 @@ pub struct Container {
     /// Its processes join the PID namespace that containers of the pod share, instead of the new one that the
     /// configuration asks for.
     pub pod_pids: bool,
+    /// The ids of the pod's user namespace, which its processes join; `None`: they are in the guest's own.
+    #[serde(default)]
+    pub users: Option<Users>,
     /// Volumes that it sees in copies: its bind mounts of them name [`MIRRORS_DIR`] instead of [`VOLUMES_DIR`].
     pub mirrors: Vec<Mirror>,
+}
+
+/// A user namespace: id 0 in it is id `first` of the guest, and so on for `count` ids, of users and of groups alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Users {
+    /// At least 1: root of the guest is the agent's.
+    pub first: u32,
+    /// At least 1.
+    pub count: u32,
 }
 
 /// A volume that the guest has in a copy, which `Refresh` brings up to date.
@@ -87,6 +100,9 @@ pub struct Rootfs {
     /// Most bytes that the upper may take on the pod's disk; `None`: as many as there are.
     #[serde(default)]
     pub upper_bytes: Option<u64>,
+    /// The lowers hold the ids of the container's user namespace, not those of the guest.
+    #[serde(default)]
+    pub mapped: bool,
 }
 
 /// An EROFS image in [`LAYERS_DIR`].
