@@ -67,6 +67,16 @@ pub struct RootfsPlan {
     pub read_only: bool,
 }
 
+/// Where the snapshotter would have the ids of the layers' files: id 0 of a file is id `first`, and so on, for users and groups
+/// alike. It asks for that where a container has a user namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IdMap {
+    /// First id.
+    pub first: u32,
+    /// How many.
+    pub count: u32,
+}
+
 /// Why mounts cannot be turned into a plan.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
@@ -103,6 +113,9 @@ pub enum PlanError {
         /// Its source.
         source_path: String,
     },
+    /// Users and groups are to be mapped differently.
+    #[error("plan rootfs: uidmap and gidmap are not the same")]
+    Ids,
     /// An option that changes what the files are.
     #[error("plan rootfs: option {option:?} of {kind} mount is not supported")]
     Option {
@@ -240,8 +253,8 @@ fn overlay(mount: &Mount, parts: &mut Parts) -> Result<RootfsPlan, PlanError> {
                     None => Lower::Upper(absolute("upperdir", &unescape(value))?),
                 })
             }
-            // Files whose data lies in another layer, or whose owners are not what the disk says.
-            Some(("metacopy", "on") | ("datadir+" | "uidmap" | "gidmap", _)) => return Err(unsupported(mount, option)),
+            // Files whose data lies in another layer.
+            Some(("metacopy", "on") | ("datadir+", _)) => return Err(unsupported(mount, option)),
             _ => read_only |= option == "ro",
         }
     }
@@ -252,6 +265,31 @@ fn overlay(mount: &Mount, parts: &mut Parts) -> Result<RootfsPlan, PlanError> {
     read_only |= upper.is_none();
     lowers.extend(upper);
     Ok(RootfsPlan { lowers, read_only })
+}
+
+/// How the ids of the layers' files are to be mapped, which [`plan`] does not say.
+///
+/// # Errors
+/// [`PlanError::Option`] for a map that is not one range from 0 on, or not the same for users and groups.
+pub fn ids(mounts: &[Mount]) -> Result<Option<IdMap>, PlanError> {
+    let Some(root) = mounts.last() else { return Ok(None) };
+    let mut found = [None; 2];
+    for option in &root.options {
+        let (map, place) = match option.split_once('=') {
+            Some(("uidmap", map)) => (map, 0),
+            Some(("gidmap", map)) => (map, 1),
+            _ => continue,
+        };
+        let numbers: Vec<u32> = map.split(':').filter_map(|number| number.parse().ok()).collect();
+        match (numbers.as_slice(), map.split(':').count()) {
+            ([0, first, count], 3) => found[place] = Some(IdMap { first: *first, count: *count }),
+            _ => return Err(unsupported(root, option)),
+        }
+    }
+    match found {
+        [users, groups] if users == groups => Ok(users),
+        _ => Err(PlanError::Ids),
+    }
 }
 
 fn bind(mount: &Mount, parts: &mut Parts) -> Result<RootfsPlan, PlanError> {
@@ -465,6 +503,19 @@ mod tests {
         for (mounts, part) in table {
             let message = plan(&mounts).expect_err("must be refused").to_string();
             assert!(message.contains(part), "{message} lacks {part}");
+        }
+    }
+
+    #[test]
+    fn ids_are_one_range() {
+        let of = |options: &[&str]| ids(&[mount("overlay", "overlay", options)]);
+        assert_eq!(of(&["lowerdir=/a"]), Ok(None));
+        let map = Some(IdMap { first: 65_536, count: 1000 });
+        assert_eq!(of(&["uidmap=0:65536:1000", "gidmap=0:65536:1000"]), Ok(map));
+        assert_eq!(of(&["uidmap=0:65536:1000"]), Err(PlanError::Ids));
+        for bad in ["1:65536:1000", "0:65536", "0:65536:1000,1000:1:1", "0:-1:1", "0:1:4294967296"] {
+            let option = format!("uidmap={bad}");
+            assert!(matches!(of(&[&option]), Err(PlanError::Option { .. })), "{bad}");
         }
     }
 

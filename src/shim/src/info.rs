@@ -46,13 +46,13 @@ fn features() -> serde_json::Value {
             "slave", "strictatime", "suid", "sync"
         ],
         "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "user", "uts"],
             "cgroup": { "v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": false },
             "seccomp": { "enabled": true },
             "apparmor": { "enabled": false },
             "selinux": { "enabled": false },
             "intelRdt": { "enabled": false },
-            "mountExtensions": { "idmap": { "enabled": false } }
+            "mountExtensions": { "idmap": { "enabled": true } }
         }
     })
 }
@@ -67,7 +67,7 @@ mod tests {
         assert_eq!(info.name, "io.containerd.nacelle.v2");
         assert!(info.annotations[ALLOW_MOUNTS].split(',').any(|kind| kind == "erofs"));
         let features: serde_json::Value = serde_json::from_slice(&info.features.value).expect("json");
-        assert_eq!(features["linux"]["mountExtensions"]["idmap"]["enabled"], false);
+        assert_eq!(features["linux"]["mountExtensions"]["idmap"]["enabled"], true);
         let options = Any { type_url: "x".into(), ..Any::default() };
         let bytes = runtime_info(&options.write_to_bytes().expect("encode")).expect("info");
         let info = RuntimeInfo::parse_from_bytes(&bytes).expect("decode");

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nacelle_protocol::agent::{Container, Lower, Rootfs};
+use nacelle_protocol::agent::{Container, Lower, Rootfs, Users};
 use nacelle_protocol::ids::ContainerId;
 use nacelle_rootfs::plan::{self, Mount};
 use oci_spec::runtime::{Hooks, LinuxResources, Process};
@@ -23,7 +23,7 @@ use crate::network;
 use crate::patches::{Patches, PatchesError};
 use crate::pod::{Env, Host, Pod, PodError, Start, blocking, link_layers};
 use crate::sandbox::{KILLED, ProcessKey, Refusal};
-use crate::spec::{self, Translation, Volume};
+use crate::spec::{self, SpecError, Translation, Volume};
 use crate::stdio::{Io, Owner, Wanted};
 use crate::task::{Create, Exec, TaskError};
 use crate::vm;
@@ -136,6 +136,7 @@ pub async fn create_first(
     let patches = patches(&config, &bundle, &wishes)?;
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let size = vm::size(&bundle, &config, cpus, &wishes)?;
+    let users = bundle.spec.linux().as_ref().map(spec::users).transpose()?.flatten();
 
     let data_dir = config.data_dir.clone();
     let (claim_env, found) = (env.clone(), programs.clone());
@@ -165,7 +166,7 @@ pub async fn create_first(
     let local = Local::new(&bundle, &request.rootfs, &volumes);
     let hooks = local.hooks.as_ref().map(|hooks| (hooks, local.hook_state(&id, "creating", 0)));
     let booted = async {
-        let start = Start { programs: &programs, bundle: &bundle, size, volumes: share, hooks };
+        let start = Start { programs: &programs, bundle: &bundle, size, users, volumes: share, hooks };
         let boot = Pod::boot(&env, host.clone(), listeners?, start);
         let (pod, events) = boot.await?;
         Ok::<_, TaskError>((Arc::new(pod), events))
@@ -211,6 +212,9 @@ pub async fn create_next(env: Arc<Env>, pod: Arc<Pod>, id: ContainerId, request:
     // The VM is as it is: they must be in order, and change no more than this container's root.
     let wishes = pod.host.policy().read(bundle.annotations())?;
     let mut translation = spec::translate(&bundle.spec, &id, Some(&env.sandbox))?;
+    if translation.users != pod.users {
+        return Err(SpecError::PodUsers("container").into());
+    }
     translation.add_pods_files(&id, &pod.host.dirs.etc());
     log_dropped(&id, &translation.dropped);
     let rootfs = plan::plan(&request.rootfs)?;
@@ -254,16 +258,21 @@ async fn finish(
     let limit = pod.host.upper_limit(pod.host.policy().read(&local.annotations)?.container_mib)?;
     let io = Io::open(&pod.hub, &owner(env, &id), &wanted).await?;
     let lowers = layers?;
-    let Some(Translation { mut spec, pod_pids, volumes, .. }) = translation else {
+    let Some(Translation { mut spec, pod_pids, users, volumes, .. }) = translation else {
         pod.host.record.write();
         return Ok(Created { local, io, pid });
     };
+    let ids = plan::ids(&local.rootfs)?.map(|ids| Users { first: ids.first, count: ids.count });
+    if ids.is_some() && ids != users {
+        return Err(SpecError::PodUsers("root file system").into());
+    }
     pod.follow(&volumes)?;
     let watching = pod.clone();
     let mirrors = move || Ok::<_, PodError>(watching.mirrors.add(&watching.guest, &volumes));
     let mirrors = blocking("watch volumes", mirrors).await?;
     spec::use_mirrors(&mut spec, &mirrors);
-    let container = Container { spec, rootfs: Rootfs { lowers, upper_bytes: limit }, pod_pids, mirrors };
+    let rootfs = Rootfs { lowers, upper_bytes: limit, mapped: ids.is_some() };
+    let container = Container { spec, rootfs, pod_pids, users, mirrors };
     let create = async { Ok::<_, TaskError>(pod.guest.create(&id, &container, wanted.terminal, io.names()).await?) };
     let asked = Instant::now();
     let created = pod.while_alive(create).await;

@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use nacelle_protocol::agent::Lower;
+use nacelle_protocol::agent::{Lower, Users};
 use nacelle_protocol::features;
 use nacelle_protocol::ids::SandboxId;
 use nacelle_protocol::vm::{Network, Nics};
@@ -230,6 +230,8 @@ pub struct Pod {
     pub mirrors: Mirrors,
     /// It has a network namespace of its own, and nothing in it.
     pub unwired: bool,
+    /// The user namespace of its containers.
+    pub users: Option<Users>,
     streams: tokio::task::AbortHandle,
     forwarding: Option<tokio::task::AbortHandle>,
     /// Covers what the host mounts below volumes; since a container has asked for it.
@@ -244,6 +246,8 @@ pub struct Start<'a> {
     pub bundle: &'a Bundle,
     /// Of the VM.
     pub size: Size,
+    /// The user namespace of its containers.
+    pub users: Option<Users>,
     /// The guest gets a share for volumes.
     pub volumes: bool,
     /// Those of the first container, with its state.
@@ -261,12 +265,13 @@ impl Pod {
         listeners: Listeners,
         start: Start<'_>,
     ) -> Result<(Self, mpsc::Receiver<GuestEvent>), PodError> {
-        let Start { programs, bundle, size, volumes, hooks } = start;
+        let Start { programs, bundle, size, users, volumes, hooks } = start;
         let begin = Instant::now();
         let config = &host.config;
         let record = &host.record;
         let place = Place {
             uid_base: host.uid(),
+            pod_root: users.map(|users| users.first),
             agent: host.agent.clone(),
             cgroups: host.cgroups.first().cloned().into_iter().collect(),
             network: bundle.network.clone(),
@@ -361,7 +366,9 @@ impl Pod {
                 let unwired = bundle.network == Network::New && !vm_config.awaits_nics;
                 let mirrors = Mirrors::default();
                 let following = Mutex::default();
-                Ok((Self { vm, guest, host, hub, conduct, mirrors, unwired, streams, forwarding, following }, events))
+                let pod =
+                    Self { vm, guest, host, hub, conduct, mirrors, unwired, users, streams, forwarding, following };
+                Ok((pod, events))
             }
             Err(e) => {
                 streams.abort();

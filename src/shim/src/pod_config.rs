@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use nacelle_protocol::cri::{DNSConfig, NamespaceMode, PodSandboxConfig};
+use nacelle_protocol::cri::{DNSConfig, IDMapping, NamespaceMode, PodSandboxConfig};
 use nacelle_protocol::ids::ContainerId;
 use serde_json::{Value, json};
 
@@ -29,6 +29,12 @@ pub fn translate(
     }
     if !is_hosts(options.map(|o| o.ipc.enum_value_or_default())) {
         namespaces.push(json!({ "type": "ipc" }));
+    }
+    let users = options
+        .and_then(|o| o.userns_options.as_ref())
+        .filter(|users| !is_hosts(Some(users.mode.enum_value_or_default())));
+    if users.is_some() {
+        namespaces.push(json!({ "type": "user" }));
     }
     let mut annotations = annotations;
     annotations.extend(config.annotations.clone());
@@ -56,6 +62,10 @@ pub fn translate(
         "linux": { "namespaces": namespaces, "sysctl": linux.map(|l| l.sysctls.clone()).unwrap_or_default() },
         "annotations": annotations,
     });
+    if let Some(users) = users {
+        spec["linux"]["uidMappings"] = id_maps(&users.uids);
+        spec["linux"]["gidMappings"] = id_maps(&users.gids);
+    }
     if !config.hostname.is_empty() {
         spec["hostname"] = config.hostname.clone().into();
     }
@@ -63,6 +73,11 @@ pub fn translate(
         spec["linux"]["cgroupsPath"] = path;
     }
     SandboxConfig { config: spec.to_string().into_bytes(), files: files(&config.hostname, config.dns_config.as_ref()) }
+}
+
+fn id_maps(maps: &[IDMapping]) -> Value {
+    let map = |map: &IDMapping| json!({ "containerID": map.container_id, "hostID": map.host_id, "size": map.length });
+    maps.iter().map(map).collect()
 }
 
 /// As containerd names the cgroup of a container below that of its pod: in systemd's way below a slice.
@@ -108,8 +123,9 @@ fn files(hostname: &str, dns: Option<&DNSConfig>) -> Vec<(&'static str, String)>
 mod tests {
     use std::path::Path;
 
-    use nacelle_protocol::cri::LinuxSandboxSecurityContext;
+    use nacelle_protocol::agent::Users;
     use nacelle_protocol::cri::{LinuxContainerResources, LinuxPodSandboxConfig, NamespaceOption};
+    use nacelle_protocol::cri::{LinuxSandboxSecurityContext, UserNamespace};
     use nacelle_protocol::vm::Network;
     use protobuf::MessageField;
 
@@ -142,6 +158,20 @@ mod tests {
         assert_eq!(bundle.cgroups_path(), Some(Path::new("/kubepods/pod1/pod1")));
         assert_eq!(bundle.spec.hostname().as_deref(), Some("web-0"));
         assert_eq!(bundle.sysctls().len(), 1);
+    }
+
+    #[test]
+    fn a_pod_with_a_user_namespace() {
+        let map = IDMapping { host_id: 131_072, container_id: 0, length: 65_536, ..Default::default() };
+        let users = UserNamespace { uids: vec![map.clone()], gids: vec![map], ..Default::default() };
+        let options = NamespaceOption { userns_options: MessageField::some(users), ..Default::default() };
+        let context =
+            LinuxSandboxSecurityContext { namespace_options: MessageField::some(options), ..Default::default() };
+        let linux = LinuxPodSandboxConfig { security_context: MessageField::some(context), ..Default::default() };
+        let config = PodSandboxConfig { linux: MessageField::some(linux), ..Default::default() };
+        let bundle = bundle(&config, "").expect("bundle");
+        let users = crate::spec::users(bundle.spec.linux().as_ref().expect("linux")).expect("users");
+        assert_eq!(users, Some(Users { first: 131_072, count: 65_536 }));
     }
 
     #[test]

@@ -9,14 +9,16 @@
 //! | bind mounts                                                       | become volumes: see [`Volume`]                          |
 //! | namespaces                                                        | pid, ipc, uts, mount and cgroup; the pod's are the guest's |
 //! | AppArmor, SELinux, block I/O, RDT, devices of the host            | dropped, and said so: they mean something of the host's |
-//! | user namespaces, idmapped mounts, seccomp listeners               | refused: without them the container would be less confined |
+//! | a user namespace                                                  | one of the guest's with the same ids: see [`users`]     |
+//! | idmapped mounts with other ids, seccomp listeners                 | refused: without them the container would be less confined |
 
 use std::path::{Path, PathBuf};
 
-use nacelle_protocol::agent::{MIRRORS_DIR, Mirror, VOLUMES_DIR};
+use nacelle_protocol::agent::{MIRRORS_DIR, Mirror, Users, VOLUMES_DIR};
 use nacelle_protocol::ids::{ContainerId, SandboxId};
 use oci_spec::runtime::{
-    Linux, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
+    Linux, LinuxDevice, LinuxDeviceType, LinuxIdMapping, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount,
+    Process, Spec,
 };
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -47,6 +49,17 @@ pub enum SpecError {
     /// Something that has no counterpart in the guest, and without which the container would be less confined.
     #[error("use {0}: not supported in a VM")]
     Unsupported(&'static str),
+    /// A user namespace whose ids are not one range that leaves out root of the guest.
+    #[error(
+        "make a user namespace: its ids have to be one range from 0 on, the same for users and groups, and not root of the host"
+    )]
+    Users,
+    /// A container of a pod in another user namespace than the pod, or with a root file system for another.
+    #[error("join the pod's user namespace: the ids of the {0} are not those of the pod's")]
+    PodUsers(&'static str),
+    /// A mount whose ids are mapped, but not as the container's are.
+    #[error("mount {0}: its ids are mapped, but not as those of the container's user namespace")]
+    MountIds(PathBuf),
     /// A namespace of a process that nacelle does not know.
     #[error("join namespace {0}: only a container of a pod can join one, and only PID, IPC and UTS namespaces")]
     Namespace(PathBuf),
@@ -72,7 +85,15 @@ pub struct Volume {
     pub follows: bool,
 }
 
+/// How the name of a volume ends whose files' ids are those of the pod's user namespace.
+const MAPPED: &str = "-mapped";
+
 impl Volume {
+    /// Whether the ids of the files of the volume with this name are those of the pod's user namespace: id 0 is its root.
+    pub fn is_mapped(name: &str) -> bool {
+        name.ends_with(MAPPED)
+    }
+
     /// Takes the pod's own file for one of those that containerd mounts into every container, but makes only where the
     /// sandbox is a container of its own.
     pub fn or_pods_own(&mut self, etc: &Path) {
@@ -105,6 +126,8 @@ pub struct Translation {
     pub dropped: Vec<String>,
     /// It shares process ids with other containers of the pod.
     pub pod_pids: bool,
+    /// The user namespace that it is in.
+    pub users: Option<Users>,
 }
 
 impl Translation {
@@ -118,7 +141,8 @@ impl Translation {
             if mounts.iter().any(|mount| mount["destination"] == json!(destination)) {
                 continue;
             }
-            let name = format!("{id}-{}", self.volumes.len());
+            let mapped = if self.users.is_some() { MAPPED } else { "" };
+            let name = format!("{id}-{}{mapped}", self.volumes.len());
             let options = ["bind", "rprivate", if read_only { "ro" } else { "rw" }];
             let place = Path::new(VOLUMES_DIR).join(&name);
             mounts.push(json!({ "destination": destination, "type": "bind", "source": place, "options": options }));
@@ -144,6 +168,10 @@ fn put(map: &mut Map<String, Value>, key: &str, value: &Option<impl Serialize>) 
 pub fn translate(host: &Spec, id: &ContainerId, pod: Option<&SandboxId>) -> Result<Translation, SpecError> {
     let (mut dropped, mut pod_pids) = (Vec::new(), false);
     let linux = host.linux().as_ref().ok_or(SpecError::Missing("linux section"))?;
+    let users = users(linux)?;
+    if users.is_some() && pod.is_none() {
+        return Err(SpecError::Unsupported("a user namespace for a container that is no pod's"));
+    }
     let host_process = host.process().as_ref().ok_or(SpecError::Missing("process"))?;
     let (mut volumes, mut mounts) = (Vec::new(), Vec::new());
     let mut namespaces = linux.namespaces().iter().flatten();
@@ -152,7 +180,7 @@ pub fn translate(host: &Spec, id: &ContainerId, pod: Option<&SandboxId>) -> Resu
     for host_mount in host.mounts().iter().flatten() {
         mounts.push(match pod.is_some_and(|pod| joins_ipc && is_pod_shm(host_mount, pod)) {
             true => json!({ "destination": SHM, "type": "bind", "source": SHM, "options": ["rbind", "rw"] }),
-            false => mount(host_mount, id, &mut volumes)?,
+            false => mount(host_mount, id, users, &mut volumes)?,
         });
     }
     let read_only = host.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
@@ -164,7 +192,36 @@ pub fn translate(host: &Spec, id: &ContainerId, pod: Option<&SandboxId>) -> Resu
     put(&mut spec, "domainname", host.domainname());
     spec.insert("mounts".into(), Value::Array(mounts));
     spec.insert("linux".into(), linux_section(linux, id, pod.is_some(), &mut pod_pids, &mut dropped)?);
-    Ok(Translation { spec: Value::Object(spec), volumes, dropped, pod_pids })
+    Ok(Translation { spec: Value::Object(spec), volumes, dropped, pod_pids, users })
+}
+
+/// The user namespace that a configuration asks for, whether new or somebody's: in the guest all containers of a pod that
+/// ask for one are in the same, with the same ids as on the host.
+///
+/// # Errors
+/// [`SpecError::Users`].
+pub fn users(linux: &Linux) -> Result<Option<Users>, SpecError> {
+    let has = linux.namespaces().iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::User);
+    let users = one_range(linux.uid_mappings())?;
+    match (has, users == one_range(linux.gid_mappings())?) {
+        // Without mappings there is nothing that it would change.
+        (true, true) => Ok(users),
+        (false, true) if users.is_none() => Ok(None),
+        _ => Err(SpecError::Users),
+    }
+}
+
+fn one_range(mappings: &Option<Vec<LinuxIdMapping>>) -> Result<Option<Users>, SpecError> {
+    match mappings.as_deref() {
+        None | Some([]) => Ok(None),
+        Some([map]) => {
+            let (first, count) = (map.host_id(), map.size());
+            let fits = count > 0 && first.checked_add(count).is_some();
+            let good = map.container_id() == 0 && first > 0 && fits;
+            if good { Ok(Some(Users { first, count })) } else { Err(SpecError::Users) }
+        }
+        Some(_) => Err(SpecError::Users),
+    }
 }
 
 /// Makes the guest's configuration of a process: a container's, or an exec's.
@@ -205,21 +262,25 @@ fn is_bind(mount: &Mount) -> bool {
     mount.typ().as_deref() == Some("bind") || options.into_iter().any(|o| o == "bind" || o == "rbind")
 }
 
-fn mount(host: &Mount, id: &ContainerId, volumes: &mut Vec<Volume>) -> Result<Value, SpecError> {
+fn mount(host: &Mount, id: &ContainerId, users: Option<Users>, volumes: &mut Vec<Volume>) -> Result<Value, SpecError> {
     let destination = host.destination();
     let none = Vec::new();
     let options = host.options().as_ref().unwrap_or(&none);
-    let mapped = host.uid_mappings().iter().flatten().chain(host.gid_mappings().iter().flatten()).next().is_some();
-    if mapped || options.iter().any(|o| o == "idmap" || o == "ridmap") {
-        return Err(SpecError::Unsupported("an idmapped mount"));
-    }
+    let maps = one_range(host.uid_mappings()).and_then(|uids| Ok([uids, one_range(host.gid_mappings())?]));
+    let mapped = match maps {
+        Ok([None, None]) if options.iter().all(|o| o != "idmap" && o != "ridmap") => false,
+        // Without ids of its own it has those of the container.
+        Ok([None, None]) if users.is_some() => true,
+        Ok([uids, gids]) if users.is_some() && uids == users && gids == users => true,
+        _ => return Err(SpecError::MountIds(destination.clone())),
+    };
     if options.iter().any(|o| o == "shared" || o == "rshared") {
         return Err(SpecError::Unsupported("mount propagation back to the host"));
     }
     if is_bind(host) {
         let source = host.source().as_ref().filter(|source| !source.as_os_str().is_empty());
         let volume = Volume {
-            name: format!("{id}-{}", volumes.len()),
+            name: format!("{id}-{}{}", volumes.len(), if mapped { MAPPED } else { "" }),
             source: source.ok_or_else(|| SpecError::NoSource(destination.clone()))?.clone(),
             destination: destination.clone(),
             recursive: options.iter().any(|o| o == "rbind"),
@@ -230,7 +291,8 @@ fn mount(host: &Mount, id: &ContainerId, volumes: &mut Vec<Volume>) -> Result<Va
         let source = Path::new(VOLUMES_DIR).join(&volume.name);
         volumes.push(volume);
         // Read-only is recursive in the guest: what is mounted below a share has its flags.
-        let options: Vec<_> = options.iter().map(|o| if o == "rro" { "ro" } else { o }).collect();
+        let options = options.iter().filter(|o| !matches!(o.as_str(), "idmap" | "ridmap"));
+        let options: Vec<_> = options.map(|o| if o == "rro" { "ro" } else { o }).collect();
         return Ok(json!({ "destination": destination, "type": "bind", "source": source, "options": options }));
     }
     let kind = host.typ().as_deref().unwrap_or_default();
@@ -253,10 +315,6 @@ fn linux_section(
     pod_pids: &mut bool,
     dropped: &mut Vec<String>,
 ) -> Result<Value, SpecError> {
-    let mapped = host.uid_mappings().iter().flatten().chain(host.gid_mappings().iter().flatten()).next().is_some();
-    if mapped {
-        return Err(SpecError::Unsupported("a user namespace"));
-    }
     if host.seccomp().as_ref().is_some_and(|seccomp| seccomp.listener_path().is_some()) {
         return Err(SpecError::Unsupported("a seccomp listener"));
     }
@@ -307,7 +365,7 @@ fn namespace(host: &LinuxNamespace, in_pod: bool, pod_pids: &mut bool) -> Result
     match (host.typ(), host.path()) {
         // The guest's own; the VMM is in the one on the host.
         (Type::Network, _) => Ok(None),
-        // Without mappings there is nothing that it would change.
+        // The agent's affair.
         (Type::User, _) => Ok(None),
         (Type::Time, _) => Err(SpecError::Unsupported("a time namespace")),
         (Type::Pid | Type::Ipc | Type::Uts | Type::Mount | Type::Cgroup, None) => own,

@@ -150,6 +150,8 @@ pub fn size(bundle: &Bundle, config: &Config, host_cpus: usize, wishes: &Wishes)
 pub struct Place {
     /// First id of its range.
     pub uid_base: u32,
+    /// The guest's id for root of the pod's user namespace, if it has one.
+    pub pod_root: Option<u32>,
     /// The image of its guest's root.
     pub agent: PathBuf,
     /// Cgroups that it joins.
@@ -192,6 +194,7 @@ pub fn plan(
             root: dirs.jail_root(),
             uid_base: place.uid_base,
             uid_count: UIDS_PER_POD,
+            pod_root: place.pod_root,
             network: place.network,
             cgroups: place.cgroups,
             max_files: config.max_files,
@@ -523,7 +526,7 @@ mod tests {
 
     fn nowhere() -> Place {
         let (cgroups, network) = (Vec::new(), Network::New);
-        Place { uid_base: 65536, agent: "/a".into(), cgroups, network, wired: false, volumes: true }
+        Place { uid_base: 65536, pod_root: None, agent: "/a".into(), cgroups, network, wired: false, volumes: true }
     }
 
     fn dummy() -> VmConfig {

@@ -131,8 +131,7 @@ pub fn bind_later(
 ) -> Result<Vec<String>, VolumeError> {
     let result = volumes.iter().try_fold(Vec::new(), |mut args: Vec<OsString>, volume| {
         let entry = place(share, volume)?;
-        let access = if volume.read_only { "ro" } else { "rw" };
-        let options = if volume.recursive { format!("{access},recursive") } else { access.to_owned() };
+        let options = options(volume.read_only, volume.recursive, Volume::is_mapped(&volume.name));
         args.extend([volume.source.clone().into(), entry.into(), options.into()]);
         Ok(args)
     });
@@ -151,10 +150,11 @@ pub fn bind_later(
 /// [`VolumeError`]; the mount is as it was.
 pub fn cover(program: &Path, vmm: u32, share: &Path, point: &Path, idmap: Idmap) -> Result<(), VolumeError> {
     let held = hold(share, point)?;
-    let volume = share.join(point.components().next().map_or(Path::new(""), |name| Path::new(name.as_os_str())));
-    let read_only = rustix::fs::statvfs(&volume).is_ok_and(|stat| stat.f_flag.contains(StatVfsMountFlags::RDONLY));
+    let name = point.components().next().map(|name| name.as_os_str()).unwrap_or_default();
+    let stat = rustix::fs::statvfs(share.join(name));
+    let read_only = stat.is_ok_and(|stat| stat.f_flag.contains(StatVfsMountFlags::RDONLY));
     let place = format!("/proc/{}/fd/{}", std::process::id(), held.as_raw_fd());
-    let options = if read_only { "ro,recursive" } else { "rw,recursive" };
+    let options = options(read_only, true, Volume::is_mapped(&name.to_string_lossy()));
     run_bind(program, vmm, vec![place.clone().into(), place.into(), options.into()], idmap).map(drop)
 }
 
@@ -176,6 +176,12 @@ fn hold(share: &Path, point: &Path) -> Result<OwnedFd, VolumeError> {
         openat2(share, point, flags, Mode::empty(), ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS)
     };
     open().map_err(failed("open", &share.join(point)))
+}
+
+/// As the VMM's program takes them.
+fn options(read_only: bool, recursive: bool, mapped: bool) -> String {
+    let words = [(true, if read_only { "ro" } else { "rw" }), (recursive, "recursive"), (mapped, "mapped")];
+    words.into_iter().filter_map(|(said, word)| said.then_some(word)).collect::<Vec<_>>().join(",")
 }
 
 fn run_bind(program: &Path, vmm: u32, args: Vec<OsString>, idmap: Idmap) -> Result<Vec<String>, VolumeError> {

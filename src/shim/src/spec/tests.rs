@@ -110,7 +110,7 @@ fn refusals() {
     assert_eq!(refused("/mounts/0", mount("nfs")), "mount /x: type \"nfs\" is not supported");
     assert_eq!(refused("/mounts/0", json!({ "destination": "/x", "type": "bind" })), "mount /x: it has no source");
     let idmapped = json!({ "destination": "/x", "type": "bind", "source": "/y", "options": ["idmap"] });
-    assert!(refused("/mounts/0", idmapped).contains("idmapped"));
+    assert!(refused("/mounts/0", idmapped).contains("ids are mapped"));
     assert!(refused("/linux/namespaces/0", json!({ "type": "time" })).contains("time namespace"));
 }
 
@@ -118,7 +118,7 @@ fn refusals() {
 fn less_confinement_is_refused() {
     let mut json = host();
     json["linux"]["uidMappings"] = json!([{ "containerID": 0, "hostID": 100000, "size": 65536 }]);
-    assert_eq!(run(json, None).expect_err("refused"), SpecError::Unsupported("a user namespace"));
+    assert_eq!(run(json, None).expect_err("refused"), SpecError::Users, "groups are missing");
     let mut json = host();
     json["linux"]["seccomp"]["listenerPath"] = json!("/run/listener");
     assert_eq!(run(json, None).expect_err("refused"), SpecError::Unsupported("a seccomp listener"));
@@ -176,4 +176,40 @@ fn the_pods_files_fill_gaps() {
         (&etc.path().join("resolv.conf"), Path::new("/etc/resolv.conf"))
     );
     assert_eq!(translation.spec["mounts"][1]["source"], format!("{VOLUMES_DIR}/{}", added.name));
+}
+
+#[test]
+fn user_namespaces_are_one_range() {
+    let map =
+        |container: u32, host: u32, size: u32| json!([{ "containerID": container, "hostID": host, "size": size }]);
+    let spec = |maps: Value, groups: Value| {
+        let mut json = host();
+        json["linux"]["namespaces"] = json!([{ "type": "user", "path": "/proc/7/ns/user" }, { "type": "mount" }]);
+        json["linux"]["uidMappings"] = maps.clone();
+        json["linux"]["gidMappings"] = groups;
+        json["mounts"] = json!([
+            { "destination": "/a", "type": "bind", "source": "/a", "options": ["rbind", "idmap"], "uidMappings": maps,
+              "gidMappings": maps },
+            { "destination": "/b", "type": "bind", "source": "/b", "options": ["rbind"] },
+        ]);
+        json
+    };
+    let pod = SandboxId::new("pod").expect("id");
+    let good = spec(map(0, 65_536, 65_536), map(0, 65_536, 65_536));
+    let translation = run(good.clone(), Some(&pod)).expect("translate");
+    assert_eq!(translation.users, Some(Users { first: 65_536, count: 65_536 }));
+    assert_eq!(translation.spec["linux"]["namespaces"], json!([{ "type": "mount" }]), "the agent joins it");
+    assert_eq!(translation.spec["mounts"][0]["options"], json!(["rbind"]));
+    let mapped: Vec<_> = translation.volumes.iter().map(|volume| Volume::is_mapped(&volume.name)).collect();
+    assert_eq!(mapped, [true, false]);
+    assert!(matches!(run(good, None), Err(SpecError::Unsupported(_))), "a container that is alone");
+
+    for bad in [map(1, 65_536, 65_536), map(0, 0, 65_536), map(0, 65_536, 0), map(0, u32::MAX, 2)] {
+        assert_eq!(run(spec(bad.clone(), bad.clone()), Some(&pod)).expect_err("refused"), SpecError::Users, "{bad}");
+    }
+    let unlike = spec(map(0, 65_536, 65_536), map(0, 65_537, 65_536));
+    assert_eq!(run(unlike, Some(&pod)).expect_err("refused"), SpecError::Users);
+    let mut other = spec(map(0, 65_536, 65_536), map(0, 65_536, 65_536));
+    other["mounts"][0]["uidMappings"] = map(0, 1000, 65_536);
+    assert_eq!(run(other, Some(&pod)).expect_err("refused"), SpecError::MountIds("/a".into()));
 }
