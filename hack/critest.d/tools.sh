@@ -26,10 +26,17 @@ build_cri_tools() {
     rm -r "$out/source"
 }
 
-# pod_payload DIR VERSION: what `node` needs there, and the tools.
+# pod_payload DIR VERSION [features]: what `node` needs there, and the tools; with nacelle's part of the configuration that
+# has containerd ask for features.
 pod_payload() {
     local dir=$1 version=$2 deploy tools
-    case $version in 1.7) deploy=1.7 ;; 2.1) deploy=2 ;; *) die "no containerd $version: 1.7 or 2.1" ;; esac
+    case $version:${3:-} in
+        1.7:) deploy=1.7 ;;
+        2.1:) deploy=2 ;;
+        2.1:features) deploy=2-features ;;
+        1.7:features) die "containerd 1.7 knows no features" ;;
+        *) die "no containerd $version: 1.7 or 2.1" ;;
+    esac
     tools=$(cri_tools)
     cp "$tools"/{critest,crictl} "$HACK/critest.d"/{inside,node,"containerd-$version.toml"} "$dir/"
     cp "$REPO/deploy/containerd-$deploy.toml" "$dir/deploy-$version.toml"
