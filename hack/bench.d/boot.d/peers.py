@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 
-from stopwatch import NS_PER_MI, Failed, Run
+from stopwatch import DEADLINE_S, NS_PER_MI, Failed, Run
 
 IMAGE = "nacelle.test/busybox:latest"
 ECHO, SAID = ["/bin/echo", "hello"], "hello"
@@ -81,7 +81,7 @@ class Nacelle(Containerd):
     def __init__(self, vcpus=1, memory_mib=128):
         config = f"/run/bench-{vcpus}-{memory_mib}.toml"
         with open(config, "w") as file:
-            file.write(f"[vm]\nvcpus = {vcpus}\nmemory_mib = {memory_mib}\nboot_timeout_seconds = 5\n")
+            file.write(f"[vm]\nvcpus = {vcpus}\nmemory_mib = {memory_mib}\nboot_timeout_seconds = {DEADLINE_S}\n")
         super().__init__("io.containerd.nacelle.v2", config)
 
     @staticmethod
@@ -104,7 +104,7 @@ class Microsandbox:
         self.msb = f"{payload}/microsandbox/bin/msb"
         self.env = {**os.environ, "HOME": home}
         load = ["load", "--input", f"{payload}/busybox.tar", "--tag", IMAGE]
-        Run([self.msb, *load], env=self.env, deadline_s=120)
+        Run([self.msb, *load], env=self.env, deadline_s=6 * DEADLINE_S)
         # The same files as a plain directory, which it serves by virtiofs.
         self.rootfs = "/var/lib/bench-rootfs"
         os.makedirs(self.rootfs)
