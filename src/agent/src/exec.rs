@@ -129,12 +129,16 @@ impl Guest {
         &self,
         id: &str,
         exec_id: &str,
-        plan: ExecPlan,
+        mut plan: ExecPlan,
         names: &Names,
         state: &Path,
         start: &crate::reap::Start,
     ) -> Result<(u32, Io), GuestError> {
         let (streams, stdio) = self.streams(id, exec_id, names, self.outside(plan.owner)).await?;
+        if let Some(terminal) = plan.execute.terminal.as_mut().filter(|_| plan.execute.users.is_some()) {
+            // Set before the namespace is joined.
+            terminal.uid = self.outside((terminal.uid, 0)).0;
+        }
         let scratch = Scratch(directory(id).join(format!("exec-{}", self.serial())));
         let own = scratch.0.join(id);
         fs::create_dir_all(&own)

@@ -2,23 +2,28 @@
 //!
 //! ```text
 //!  libcontainer: namespaces, mounts, cgroup, user ─► executor, still with all capabilities
-//!    program there? ─► (a container: told to start) ─► terminal: owner and size ─► working directory ─► seccomp filter and capabilities ─► execve
+//!    program there? ─► (a container: told to start) ─► terminal: owner and size ─► (an exec: the pod's user namespace)
+//!      ─► working directory ─► seccomp filter and capabilities ─► execve
 //! ```
 //!
 //! What goes wrong here is reported through the runner's pipe, which closes by itself when execve succeeds.
 
 use std::ffi::CString;
+use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use libcontainer::capabilities::drop_privileges;
+use libcontainer::syscall::Syscall;
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use nix::errno::Errno;
-use nix::unistd::AccessFlags;
-use oci_spec::runtime::Spec;
+use nix::sched::{CloneFlags, setns};
+use nix::sys::prctl::set_keepcaps;
+use nix::unistd::{AccessFlags, Gid, Uid, setgroups, setresgid, setresuid};
+use oci_spec::runtime::{Spec, User};
 use rustix::termios::{Winsize, tcsetwinsize};
 use thiserror::Error;
 
@@ -36,6 +41,8 @@ const NOT_EXECUTABLE: i32 = 126;
 enum LaunchError {
     #[error("set up terminal")]
     Terminal(#[source] io::Error),
+    #[error("join user namespace of the pod")]
+    Users(#[source] io::Error),
     #[error("chdir to cwd ({cwd:?}): {}", words(*.errno))]
     Cwd { cwd: std::path::PathBuf, errno: Errno },
     #[error("install seccomp filter")]
@@ -66,18 +73,27 @@ fn words(errno: Errno) -> String {
 #[derive(Clone)]
 pub struct LastSteps {
     execute: Arc<Execute>,
+    users: Option<Arc<File>>,
     reporter: Reporter,
 }
 
 impl LastSteps {
     /// Steps that report failure to `reporter`.
-    pub fn new(execute: Execute, reporter: Reporter) -> Self {
-        Self { execute: Arc::new(execute), reporter }
+    ///
+    /// # Errors
+    /// What the system says of the user namespace that has to be joined.
+    pub fn new(execute: Execute, reporter: Reporter) -> io::Result<Self> {
+        let users = execute.users.as_ref().map(File::open).transpose()?.map(Arc::new);
+        Ok(Self { execute: Arc::new(execute), users, reporter })
     }
 
     fn launch(&self, spec: &Spec) -> Result<std::convert::Infallible, LaunchError> {
         let syscall = create_syscall();
         self.terminal().map_err(LaunchError::Terminal)?;
+        let user = spec.process().as_ref().map(|process| process.user());
+        if let Some((users, user)) = self.users.as_deref().zip(user) {
+            join(users, user, syscall.as_ref()).map_err(LaunchError::Users)?;
+        }
         self.enter_cwd().map_err(|errno| LaunchError::Cwd { cwd: self.execute.cwd.clone(), errno })?;
         let drop_capabilities =
             || drop_privileges(&self.execute.capabilities, syscall.as_ref()).map_err(LaunchError::Capabilities);
@@ -120,6 +136,20 @@ impl LastSteps {
         let here = nix::unistd::getcwd()?;
         if here.is_absolute() { Ok(()) } else { Err(Errno::ENOENT) }
     }
+}
+
+/// Joins a user namespace, and becomes in it who the process is to be. Whoever joins one has all capabilities there.
+fn join(users: &File, user: &User, syscall: &dyn Syscall) -> io::Result<()> {
+    let groups: Vec<_> = user.additional_gids().iter().flatten().map(|gid| Gid::from_raw(*gid)).collect();
+    let (uid, gid) = (Uid::from_raw(user.uid()), Gid::from_raw(user.gid()));
+    setns(users, CloneFlags::CLONE_NEWUSER)?;
+    // As libcontainer does it: what the program keeps of the capabilities is decided later.
+    set_keepcaps(true)?;
+    setgroups(&groups)?;
+    setresgid(gid, gid, gid)?;
+    setresuid(uid, uid, uid)?;
+    set_keepcaps(false)?;
+    libcontainer::capabilities::reset_effective(syscall).map_err(io::Error::other)
 }
 
 /// Like `mkdir -p`, and what it makes is root's even though the process has another user by now.

@@ -99,6 +99,8 @@ enum RunnerError {
         #[source]
         source: io::Error,
     },
+    #[error("open user namespace of the pod")]
+    Users(#[source] io::Error),
     #[error("run container")]
     Container(#[from] LibcontainerError),
 }
@@ -160,7 +162,7 @@ fn run(path: &Path, reporter: &Reporter) -> Result<i32, RunnerError> {
     let builder = ContainerBuilder::new(job.id, SyscallType::default())
         .with_root_path(job.state)?
         .with_console_socket(job.console)
-        .with_executor(LastSteps::new(job.execute, reporter.clone()));
+        .with_executor(LastSteps::new(job.execute, reporter.clone()).map_err(RunnerError::Users)?);
     let pid = match job.operation {
         Operation::Create { bundle } => {
             let container = builder.as_init(bundle).with_systemd(false).with_detach(true).build()?;

@@ -49,6 +49,9 @@ pub struct Execute {
     pub cwd: PathBuf,
     /// The working directory is made where it is missing: only a container's main process may ask for that.
     pub make_cwd: bool,
+    /// Path of a user namespace that has still to be joined: libcontainer 0.7 leaves it out for execs (its tenant builder,
+    /// `NAMESPACE_TYPES`).
+    pub users: Option<PathBuf>,
     /// Descriptors 0 to 2 are a terminal, which gets this size (rows, columns) and this owner.
     pub terminal: Option<Terminal>,
 }
@@ -67,6 +70,7 @@ pub struct Terminal {
 pub struct Defaults {
     capabilities: LinuxCapabilities,
     seccomp: Option<LinuxSeccomp>,
+    users: Option<PathBuf>,
     oom_score_adj: Option<i32>,
     rlimits: Option<Vec<oci_spec::runtime::PosixRlimit>>,
 }
@@ -123,6 +127,7 @@ pub fn plan(spec: serde_json::Value, id: &str, terminal: bool, joined: &Joined) 
     let defaults = Defaults {
         capabilities: whole(process.capabilities().as_ref()),
         seccomp: linux.seccomp().clone(),
+        users: joined.users.clone(),
         oom_score_adj: process.oom_score_adj(),
         rlimits: process.rlimits().clone(),
     };
@@ -213,7 +218,8 @@ pub fn plan_exec(json: &[u8], defaults: &Defaults, terminal: bool) -> Result<Exe
     if process.rlimits().as_ref().is_none_or(Vec::is_empty) {
         process.set_rlimits(defaults.rlimits.clone());
     }
-    let (execute, owner) = take_apart(&mut process, defaults, terminal, false)?;
+    let (mut execute, owner) = take_apart(&mut process, defaults, terminal, false)?;
+    execute.users.clone_from(&defaults.users);
     Ok(ExecPlan { process, execute, owner })
 }
 
@@ -245,6 +251,7 @@ fn take_apart(
         seccomp: defaults.seccomp.clone(),
         cwd: if process.cwd().as_os_str().is_empty() { "/".into() } else { process.cwd().clone() },
         make_cwd,
+        users: None,
         terminal: terminal.then_some(Terminal { size, uid: owner.0 }),
     };
     process.set_env(Some(env));
@@ -393,6 +400,9 @@ mod tests {
         assert_eq!(of(1), ("mqueue".into(), String::new()), "it has IPC of its own");
         assert_eq!(of(2), ("bind".into(), "rbind,rw,nosuid,nodev".into()));
         assert_eq!(of(3), ("proc".into(), String::new()));
+        assert_eq!(plan.execute.users, None, "libcontainer joins it");
+        let exec = plan_exec(br#"{"args":["id"],"cwd":"/","user":{"uid":0,"gid":0}}"#, &plan.defaults, false);
+        assert_eq!(exec.expect("exec").execute.users, joined.users);
     }
 
     #[test]
