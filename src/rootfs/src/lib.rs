@@ -11,6 +11,8 @@
 //!
 //!  patches ──patch::build──► Tree over a stack of images ──► erofs::writer ──► one more lower, on top
 //!
+//!  tar archive of an upper ──changes::Snapshot──► the directory that a container's snapshot has for what it writes
+//!
 //!  a static program ──program::image──► the root of the machine that runs it
 //! ```
 //!
@@ -19,6 +21,7 @@
 
 pub mod builder;
 pub mod cache;
+pub mod changes;
 pub mod erofs;
 pub mod layer;
 mod lock;

@@ -29,7 +29,7 @@ use crate::erofs::stream::Stream;
 use crate::erofs::writer::{WriteError, Written};
 use crate::path::PathError;
 use crate::tree::Tree;
-use archive::Archive;
+pub(crate) use archive::{Archive, Entry, Kind};
 use build::Layer;
 use input::Input;
 
@@ -86,7 +86,7 @@ pub enum TarError {
 }
 
 impl TarError {
-    fn entry(path: &[u8], what: &'static str) -> TarError {
+    pub(crate) fn entry(path: &[u8], what: &'static str) -> TarError {
         TarError::Entry { path: String::from_utf8_lossy(path).into_owned(), what }
     }
 }
@@ -164,6 +164,23 @@ pub fn convert_file(archive: &File, image: &File, limits: &Limits, hashing: Hash
     std::thread::scope(|scope| {
         let input = Input::of_file(scope, archive, hashing != Hashing::Skip).map_err(TarError::Read)?;
         convert_input(input, image, limits, hashing)
+    })
+}
+
+/// Hands over the entries of an archive one by one, each with the archive behind its header.
+pub(crate) fn each_entry<E: From<TarError>>(
+    archive: impl Read + Send,
+    limits: &Limits,
+    mut take: impl FnMut(Entry, &mut Archive) -> Result<(), E>,
+) -> Result<(), E> {
+    std::thread::scope(|scope| {
+        let input = Input::start(scope, archive, false).map_err(TarError::Read)?;
+        let mut archive = Archive::new(input, limits);
+        while let Some(entry) = archive.next()? {
+            take(entry, &mut archive)?;
+        }
+        archive.finish()?;
+        Ok(())
     })
 }
 

@@ -218,6 +218,11 @@ pub fn forget_directory_times(seen: &mut BTreeMap<PathBuf, Seen>) {
     seen.values_mut().filter(|what| what.mode & 0o170_000 == 0o040_000).for_each(|what| what.mtime = (0, 0));
 }
 
+/// Forgets how many names files have, where some are out of sight.
+pub fn forget_link_counts(seen: &mut BTreeMap<PathBuf, Seen>) {
+    seen.values_mut().for_each(|what| what.nlink = 0);
+}
+
 fn xattrs(path: &Path) -> BTreeMap<OsString, Vec<u8>> {
     let mut buffer = vec![0; 1 << 16];
     let len = match rustix::fs::llistxattr(path, &mut buffer) {
