@@ -8,6 +8,7 @@
 //!                          │    ├ task      one container and its processes: pure state
 //!                          │    ├ spec      what libcontainer gets to see of an OCI configuration
 //!                          │    ├ mount     lowers (EROFS) and the overlay over them
+//!                          │    ├ export    what a container has written, to the host
 //!                          │    ├ mirror    copies of volumes whose changes a watcher must hear of
 //!                          │    ├ cgroup, limits, stats
 //!                          │    ├ pod       the PID namespace that containers may share
@@ -18,7 +19,7 @@
 //!  main ── "runner" ───── runner, executor ─ one libcontainer operation in a process of its own, then exit
 //! ```
 //!
-//! One thread serves; a second exists only while file systems are mounted or removed. libcontainer clones, changes
+//! One thread serves; others exist only while file systems are mounted, removed or exported. libcontainer clones, changes
 //! directories and resource limits, so it never runs in the server: the agent executes itself again as a *runner*.
 //!
 //! The agent trusts the host and no container. It knows nothing of containerd's daemon, of images, of the layer cache,
@@ -34,6 +35,7 @@ pub mod dial;
 pub mod events;
 pub mod exec;
 pub mod executor;
+pub mod export;
 pub mod fd;
 pub mod features;
 pub mod forward;

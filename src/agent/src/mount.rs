@@ -167,6 +167,11 @@ pub fn rootfs_path(id: &str) -> PathBuf {
     Path::new(CONTAINERS_DIR).join(id).join("rootfs")
 }
 
+/// Where what container `id` has written lies.
+pub fn upper_path(id: &str) -> PathBuf {
+    Path::new(UPPER_DIR).join(id).join("upper")
+}
+
 /// Mounts the root file system of container `id` over `images`, bottom first; `users` is the user namespace whose ids they
 /// have, `limit` that of the upper.
 ///
@@ -231,7 +236,7 @@ fn detach(target: &Path) {
 /// `lowers`: mounted, bottom first.
 fn overlay(id: &str, lowers: &[PathBuf]) -> Result<(), MountError> {
     let target = rootfs_path(id);
-    let upper = Path::new(UPPER_DIR).join(id).join("upper");
+    let upper = upper_path(id);
     let work = Path::new(UPPER_DIR).join(id).join("work");
     for directory in [&target, &upper, &work] {
         fs::create_dir_all(directory).map_err(io_error("create", directory))?;
@@ -252,6 +257,9 @@ fn overlay(id: &str, lowers: &[PathBuf]) -> Result<(), MountError> {
         }
         fsconfig_set_string(&context, "upperdir", &upper)?;
         fsconfig_set_string(&context, "workdir", &work)?;
+        // The upper has to mean something over other copies of its lowers: it may be exported.
+        fsconfig_set_string(&context, "redirect_dir", "off")?;
+        fsconfig_set_string(&context, "metacopy", "off")?;
         fsconfig_set_flag(&context, "volatile")?;
         fsconfig_create(&context)?;
         let overlay = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;

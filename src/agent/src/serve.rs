@@ -11,8 +11,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use containerd_shim_protos::shim_async::create_task;
 use nacelle_protocol::agent::{
-    Agent, ConfigureRequest, ConfigureResponse, EventsRequest, EventsResponse, ForwardRequest, ForwardResponse,
-    RefreshRequest, RefreshResponse, SetTimeRequest, SetTimeResponse, ShutdownRequest, ShutdownResponse, create_agent,
+    Agent, ConfigureRequest, ConfigureResponse, EventsRequest, EventsResponse, ExportRequest, ExportResponse,
+    ForwardRequest, ForwardResponse, RefreshRequest, RefreshResponse, SetTimeRequest, SetTimeResponse, ShutdownRequest,
+    ShutdownResponse, create_agent,
 };
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -30,7 +31,7 @@ use crate::guest::Guest;
 use crate::mirror;
 use crate::mount;
 use crate::network;
-use crate::service::{Tasks, rpc_status};
+use crate::service::{Tasks, complete, rpc_status};
 
 /// How long the host may take to close the connection after it has asked the guest to end.
 const FAREWELL: Duration = Duration::from_millis(500);
@@ -156,6 +157,12 @@ impl Agent for Service {
             Ok(Err(error)) => Err(rpc_status(Code::UNAVAILABLE, chain(&error))),
             Err(error) => Err(internal(&error)),
         }
+    }
+
+    async fn export(&self, _: &TtrpcContext, request: ExportRequest) -> ttrpc::Result<ExportResponse> {
+        let guest = self.guest.clone();
+        complete(async move { guest.export(&request.container_id, request.stream).await }).await?;
+        Ok(ExportResponse::default())
     }
 
     async fn set_time(&self, _: &TtrpcContext, request: SetTimeRequest) -> ttrpc::Result<SetTimeResponse> {

@@ -57,7 +57,10 @@ fn rpc_error(error: GuestError) -> ttrpc::Error {
 }
 
 /// Carries an operation through even if nobody waits for it any more.
-async fn complete<T: Send + 'static>(
+///
+/// # Errors
+/// Its own, as a status.
+pub async fn complete<T: Send + 'static>(
     operation: impl Future<Output = Result<T, GuestError>> + Send + 'static,
 ) -> ttrpc::Result<T> {
     match tokio::spawn(operation).await {

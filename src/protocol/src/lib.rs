@@ -29,4 +29,4 @@ pub mod stream;
 pub mod vm;
 
 /// Number of the protocol between the processes. It changes with every incompatible change of this crate.
-pub const GENERATION: u32 = 2;
+pub const GENERATION: u32 = 3;
