@@ -139,11 +139,12 @@ struct RootfsTable {
     upper_mib: u64,
     container_mib: u64,
     patches: Option<PathBuf>,
+    export: bool,
 }
 
 impl Default for RootfsTable {
     fn default() -> Self {
-        Self { dir: "/var/lib/nacelle".into(), upper_mib: 10 * 1024, container_mib: 0, patches: None }
+        Self { dir: "/var/lib/nacelle".into(), upper_mib: 10 * 1024, container_mib: 0, patches: None, export: true }
     }
 }
 
@@ -245,6 +246,8 @@ pub struct Config {
     pub container_mib: u64,
     /// A list of patches for the root of every container.
     pub patches: Option<PathBuf>,
+    /// What a container that is no pod's has written goes to its snapshot.
+    pub export: bool,
     /// First id of the first pod.
     pub uid_base: u32,
     /// RLIMIT_NOFILE of a VMM.
@@ -342,6 +345,7 @@ fn parse(text: &str, origin: &str) -> Result<Config, ConfigError> {
         upper_mib: rootfs.upper_mib,
         container_mib: rootfs.container_mib,
         patches: rootfs.patches,
+        export: rootfs.export,
         uid_base: jail.uid_base,
         max_files: jail.max_files,
         idmap: jail.idmap,

@@ -10,7 +10,7 @@
 //! `wait` is asynchronous and changes nothing; `act` changes everything and is not asynchronous. So nothing is ever half
 //! changed, and no lock is needed. What takes time is a task of its own in one [`JoinSet`], and comes back as an event.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -101,6 +101,8 @@ enum Completion {
     Performed(Token, Box<Result<Output, TaskError>>),
     Unkillable(ContainerId),
     Overdue(ContainerId),
+    /// The export after an exit is over, or takes long.
+    Exported(ProcessKey, Exit),
     Disobeyed(ContainerId, Token),
     Stopped,
 }
@@ -129,6 +131,8 @@ pub struct Driver {
     containers: BTreeMap<ContainerId, Local>,
     streams: HashMap<ProcessKey, Streams>,
     stats: HashMap<ContainerId, Vec<u8>>,
+    /// Containers whose exit is held back by their export.
+    exporting: HashSet<ContainerId>,
     /// The first SIGKILL of each container that has got one.
     killed: HashMap<ContainerId, Token>,
     pod: Option<Arc<Pod>>,
@@ -161,6 +165,7 @@ impl Driver {
             containers: BTreeMap::new(),
             streams: HashMap::new(),
             stats: HashMap::new(),
+            exporting: HashSet::new(),
             killed: HashMap::new(),
             pod: None,
             verdict: None,
@@ -247,7 +252,7 @@ impl Driver {
             Next::Completion(completion) => self.complete(completion),
             Next::Guest(GuestEvent::Exit(key, status)) => {
                 // The host's clock: the guest's may be anything.
-                self.apply(Event::Exited(key, Exit { status, at_ns: now_ns() }));
+                self.exited(key, Exit { status, at_ns: now_ns() });
             }
             Next::Guest(GuestEvent::Oom(id)) => self.apply(Event::Oom(id)),
             Next::GuestSilent => {

@@ -18,9 +18,9 @@ use containerd_shim_protos::api;
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim_async::{Client, TaskClient};
 use nacelle_protocol::agent::{
-    AgentClient, CONTAINER_TYPE, ConfigureRequest, Container, Event as WireEvent, EventsRequest, ForwardRequest,
-    LAYERS_DIR, LAYERS_TAG, MAX_PIDS, Network, RefreshRequest, SetTimeRequest, Share, ShutdownRequest, UPPER_SERIAL,
-    VOLUMES_DIR, VOLUMES_TAG, event::What,
+    AgentClient, CONTAINER_TYPE, ConfigureRequest, Container, Event as WireEvent, EventsRequest, ExportRequest,
+    ForwardRequest, LAYERS_DIR, LAYERS_TAG, MAX_PIDS, Network, RefreshRequest, SetTimeRequest, Share, ShutdownRequest,
+    UPPER_SERIAL, VOLUMES_DIR, VOLUMES_TAG, event::What,
 };
 use nacelle_protocol::ids::{ContainerId, ExecId};
 use nacelle_protocol::stream::{Answer, Kind, PREAMBLE_LEN, Preamble, Status};
@@ -415,6 +415,15 @@ impl Guest {
     pub async fn refresh(&self, volume: &str, data: &str) -> Result<(), GuestError> {
         let request = RefreshRequest { volume: volume.to_owned(), data: data.to_owned(), ..Default::default() };
         ask("refresh volume", self.agent.refresh(soon(), &request)).await.map(drop)
+    }
+
+    /// Has the guest send what a container has written, on a stream.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn export(&self, id: &ContainerId, stream: u64) -> Result<(), GuestError> {
+        let request = ExportRequest { container_id: id.to_string(), stream, ..Default::default() };
+        ask("export files", self.agent.export(soon(), &request)).await.map(drop)
     }
 
     /// Asks the guest to end. It may be gone before it answers.

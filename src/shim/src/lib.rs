@@ -28,6 +28,7 @@ pub mod config;
 pub mod delete;
 pub mod driver;
 pub mod events;
+pub mod export;
 pub mod guest;
 pub mod hooks;
 pub mod info;

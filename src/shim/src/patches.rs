@@ -1,7 +1,7 @@
 //! Changes to containers' roots: the node's own list (`rootfs.patches` in the configuration), and a pod's (`io.nacelle.patches`).
 //!
 //! ```text
-//!  lowers:   layer, layer, ..  │  snapshot's upper  │  the node's patches  │  the pod's patches        (the last is topmost)
+//!  lowers:   layer, layer, ..  │  the node's patches  │  the pod's patches  │  snapshot's upper        (the last is topmost)
 //! ```
 //!
 //! Each list becomes one EROFS lower of its own, so a pod's patches see what the node's did. They are built before the VM

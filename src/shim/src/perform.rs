@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use crate::annotations::{PATCHES, Wishes};
 use crate::bundle::{Bundle, Role};
 use crate::config::Config;
+use crate::export::Export;
 use crate::guest::GuestEvent;
 use crate::hooks;
 use crate::network;
@@ -42,6 +43,8 @@ pub struct Local {
     /// Process id of the main process in the guest. A pod's sandbox has none: its namespaces are the guest's own, so there
     /// is nothing that a process would have to hold.
     pub guest_pid: Option<u32>,
+    /// Where what it writes goes.
+    pub export: Option<Arc<Export>>,
     hooks: Option<Hooks>,
     version: String,
     annotations: HashMap<String, String>,
@@ -56,6 +59,7 @@ impl Local {
             annotations: bundle.annotations().clone(),
             volumes: volumes.iter().map(|volume| volume.name.clone()).collect(),
             guest_pid: None,
+            export: None,
             bundle: bundle.dir.clone(),
             rootfs: rootfs.to_vec(),
         }
@@ -143,10 +147,14 @@ pub async fn create_first(
     let mut host = blocking("prepare pod", move || Host::claim(&claim_env, config, &found, begin)).await?;
     // The lowers are converted while the VM boots: the guest finds them in its share when it needs them.
     let dirs = host.dirs.clone();
-    let (name, record) = (id.to_string(), host.record.clone());
+    let (name, record, exports) = (id.to_string(), host.record.clone(), host.config().export.then(|| bundle.clone()));
     let convert = move || match rootfs {
-        Some(rootfs) => link_layers(&data_dir, &dirs, &name, &rootfs, &patches, &record),
-        None => Ok(Vec::new()),
+        Some(rootfs) => {
+            let layers = link_layers(&data_dir, &dirs, &name, &rootfs, &patches, &record)?;
+            let export = exports.map(|bundle| Export::of(&bundle, &rootfs, size.upper_mib << 20)).transpose()?;
+            Ok::<_, PodError>((layers, export.flatten()))
+        }
+        None => Ok((Vec::new(), None)),
     };
     let layers = tokio::spawn(blocking("convert layers", convert));
     let equip = {
@@ -163,7 +171,7 @@ pub async fn create_first(
     let host = Arc::new(host);
     // A container that is alone brings all of its volumes with it.
     let share = bundle.role == Role::Sandbox || !volumes.is_empty();
-    let local = Local::new(&bundle, &request.rootfs, &volumes);
+    let mut local = Local::new(&bundle, &request.rootfs, &volumes);
     let hooks = local.hooks.as_ref().map(|hooks| (hooks, local.hook_state(&id, "creating", 0)));
     let booted = async {
         let start = Start { programs: &programs, bundle: &bundle, size, users, volumes: share, hooks };
@@ -174,6 +182,10 @@ pub async fn create_first(
     // The conversion cannot be interrupted, and must not write into a directory that is being removed.
     let (booted, layers) = tokio::join!(booted, layers);
     let layers = layers.unwrap_or(Err(PodError::Worker("convert layers")));
+    let layers = layers.map(|(layers, export)| {
+        local.export = export;
+        layers
+    });
     let (pod, events) = match booted {
         Ok(booted) => booted,
         Err(e) => {
@@ -311,6 +323,9 @@ pub async fn start(pod: Arc<Pod>, key: ProcessKey, local: Option<Local>) -> Resu
         network::expect_none(pod.vm.pid()).await.map_err(PodError::from)?;
     }
     let pid = pod.vm.pid();
+    if let Some(export) = local.as_ref().and_then(|local| local.export.as_ref()).filter(|_| key.exec.is_none()) {
+        export.begin().await;
+    }
     if key.exec.is_some() || local.as_ref().is_none_or(|local| local.guest_pid.is_some()) {
         let start = async { Ok::<_, TaskError>(pod.guest.start(&key).await?) };
         let guest_pid = pod.while_alive(start).await?;
@@ -336,6 +351,22 @@ pub fn sandbox_status(signal: u32) -> Option<u32> {
         9 => Some(KILLED),
         _ => None,
     }
+}
+
+/// Stops a container's processes, and brings its snapshot up to date.
+///
+/// # Errors
+/// [`TaskError`]; the container goes on.
+pub async fn pause(pod: Arc<Pod>, id: ContainerId, local: Option<Local>) -> Result<(), TaskError> {
+    pod.guest.pause(&id).await?;
+    let Some(export) = local.and_then(|local| local.export) else { return Ok(()) };
+    let exported = pod.while_alive(async { Ok::<_, TaskError>(export.run(&pod, &id).await?) }).await;
+    if exported.is_err()
+        && let Err(e) = pod.guest.resume(&id).await
+    {
+        tracing::error!("container {id} stays paused: {}", crate::chain(&e));
+    }
+    exported
 }
 
 /// Changes a container's limits.
@@ -364,6 +395,9 @@ pub async fn delete(
 ) -> Result<(), TaskError> {
     if let Some(io) = io {
         io.drain(DRAIN).await;
+    }
+    if let Some(export) = local.as_ref().and_then(|local| local.export.as_ref()) {
+        export.close(pod.as_deref(), &key.container).await;
     }
     if let Some(pod) = &pod {
         let delete = async { Ok::<_, TaskError>(pod.guest.delete(&key).await?) };

@@ -25,8 +25,9 @@ use nacelle_protocol::features;
 use nacelle_protocol::ids::SandboxId;
 use nacelle_protocol::vm::{Network, Nics};
 use nacelle_rootfs::cache::{Cache, CacheError};
+use nacelle_rootfs::changes::ChangesError;
 use nacelle_rootfs::plan::RootfsPlan;
-use nacelle_rootfs::{Layer, Limits, program, upper};
+use nacelle_rootfs::{Layer, Limits, Lower as Source, Outcome, program, upper};
 use oci_spec::runtime::Hooks;
 use thiserror::Error;
 use tokio::net::UnixListener;
@@ -76,6 +77,9 @@ pub enum PodError {
     /// The lowers.
     #[error(transparent)]
     Layers(#[from] CacheError),
+    /// A container's own directory.
+    #[error(transparent)]
+    Changes(#[from] ChangesError),
     /// The volumes.
     #[error(transparent)]
     Volume(#[from] VolumeError),
@@ -192,7 +196,13 @@ pub fn link_layers(
     std::fs::create_dir_all(&scratch).map_err(io_error("create", &scratch))?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let mut layers = cache.acquire_all(plan, &scratch, threads)?;
+    // What the container has written before, it has written over the patches.
+    let own = match (plan.lowers.last(), layers.last()) {
+        (Some(Source::Upper(_)), Some(Layer { outcome: Outcome::Ephemeral, .. })) if layers.len() > 1 => layers.pop(),
+        _ => None,
+    };
     patches.build(&cache, &mut layers, &scratch)?;
+    layers.extend(own);
     record.layers(container, &layers);
     let layers = cache.merge(layers)?;
     let share = dirs.layers();

@@ -89,7 +89,11 @@ pub fn code_of(error: &TaskError) -> Code {
         | TaskError::Ended(..)
         | TaskError::Pod(PodError::Condemned(_))
         | TaskError::Leaving => Code::UNAVAILABLE,
-        TaskError::Guest(_) | TaskError::Pod(_) | TaskError::Volume(_) | TaskError::Hook(_) => Code::UNKNOWN,
+        TaskError::Guest(_)
+        | TaskError::Pod(_)
+        | TaskError::Export(_)
+        | TaskError::Volume(_)
+        | TaskError::Hook(_) => Code::UNKNOWN,
     }
 }
 

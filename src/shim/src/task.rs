@@ -10,6 +10,7 @@ use thiserror::Error;
 use crate::annotations::AnnotationError;
 use crate::bundle::BundleError;
 use crate::config::{ConfigError, Origin};
+use crate::export::ExportError;
 use crate::guest::GuestError;
 use crate::hooks::HookError;
 use crate::patches::PatchesError;
@@ -148,6 +149,9 @@ pub enum TaskError {
     /// The guest says no.
     #[error(transparent)]
     Guest(#[from] GuestError),
+    /// What the container has written does not reach its snapshot.
+    #[error(transparent)]
+    Export(#[from] ExportError),
     /// The streams cannot be opened.
     #[error(transparent)]
     Stdio(#[from] StdioError),

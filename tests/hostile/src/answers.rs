@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use containerd_shim_protos::api;
 use containerd_shim_protos::types::empty::Empty;
-use nacelle_protocol::agent::{ConfigureResponse, Event, EventsRequest, EventsResponse, Exit, Oom, event::What};
+use nacelle_protocol::agent::{
+    ConfigureResponse, Event, EventsRequest, EventsResponse, Exit, ExportRequest, Oom, event::What,
+};
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, WriteHalf};
@@ -162,6 +164,11 @@ impl Guest {
                 };
                 let stats = Any { type_url: "io.containerd.cgroups.v2.Metrics".into(), value, ..Any::default() };
                 Ok(encode(&api::StatsResponse { stats: MessageField::some(stats), ..Default::default() }))
+            }
+            ("Export", _) => {
+                let stream = ExportRequest::parse_from_bytes(bytes).map_err(odd)?.stream;
+                tokio::spawn(streams::export(self.name, self.dial.clone(), stream));
+                Ok(Vec::new())
             }
             ("Shutdown", _) => Ok(Vec::new()),
             _ => Ok(encode(&Empty::new())),

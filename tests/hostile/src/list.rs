@@ -94,4 +94,10 @@ pub const BEHAVIOURS: &[Behaviour] = &[
     endures("stream-cut-in-a-frame"),
     endures("streams-half-open"),
     endures("floods-the-console"),
+    // Archives of what a container has written.
+    fails("export-never-dials", "export files to"),
+    fails("export-of-garbage", "read archive"),
+    fails("export-out-of-the-root", "could lead out of the root"),
+    fails("export-below-a-device", "lies below something that is no directory"),
+    fails("export-without-an-end", "not done after"),
 ];

@@ -42,6 +42,42 @@ pub async fn play(name: &'static str, dial: Dial, stdin: String, stdout: String)
     }
 }
 
+/// Plays what the behaviour has to do with an archive of what a container has written.
+pub async fn export(name: &'static str, dial: Dial, stream: u64) -> io::Result<()> {
+    let archive = match name {
+        "export-never-dials" => return Ok(()),
+        "export-of-garbage" => vec![0x55; 4096],
+        "export-out-of-the-root" => entry("../../escaped"),
+        "export-below-a-device" => [entry("device/below"), vec![0; 1024]].concat(),
+        // Nothing, and the end of the archive.
+        _ => vec![0; 1024],
+    };
+    let mut stream = open(&dial, Preamble::new(Kind::Stream, stream)).await?;
+    stream.write_all(&Header::data(archive.len() as u32).encode()).await?;
+    stream.write_all(&archive).await?;
+    if name != "export-without-an-end" {
+        stream.write_all(&Header::EOF.encode()).await?;
+    }
+    linger(stream).await
+}
+
+/// The header of an empty file in a tar archive.
+fn entry(name: &str) -> Vec<u8> {
+    let mut block = vec![0; 512];
+    let mut put = |at: usize, text: &str| block[at..at + text.len()].copy_from_slice(text.as_bytes());
+    put(0, name);
+    // Mode, owner, group, size and time, in octal digits; the checksum counts as blanks while it is computed.
+    [(100, "0000644"), (108, "0000000"), (116, "0000000"), (124, "00000000000"), (136, "00000000000")]
+        .into_iter()
+        .for_each(|(at, digits)| put(at, digits));
+    put(148, "        ");
+    put(156, "0");
+    put(257, "ustar\u{0}00");
+    let sum: u32 = block.iter().map(|byte| u32::from(*byte)).sum();
+    block[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+    block
+}
+
 fn id(uri: &str) -> io::Result<u64> {
     let id = parse_stream_uri(uri).map_err(io::Error::other)?;
     id.ok_or_else(|| io::Error::other("there is no such stream"))

@@ -49,11 +49,15 @@ fn peak() -> u64 {
     line.trim_end_matches("kB").trim().parse::<u64>().expect("number") << 10
 }
 
-async fn create(world: &World) -> Result<Reply, TaskError> {
+/// A container that may write, as it is only then that the guest is asked for its files, if `writes`.
+async fn create(world: &World, writes: bool) -> Result<Reply, TaskError> {
     let Call::Create(mut create) = world.create("sh", &world.log()) else { unreachable!() };
     let stdin = world.log().with_file_name("stdin");
     mknodat(CWD, &stdin, FileType::Fifo, Mode::from_raw_mode(0o600), 0).expect("mkfifo");
     create.io.stdin = stdin.display().to_string();
+    if writes {
+        create.rootfs[0].options = vec!["rbind".into(), "rw".into()];
+    }
     world.call("c1", None, Call::Create(create)).await
 }
 
@@ -87,7 +91,7 @@ async fn suffer(behaviour: &Behaviour) {
     // Short where nothing comes, long where this machine may have more to do than this test.
     let seconds = if fate == Fate::Unborn("nothing heard from the guest") { 2 } else { 15 };
     let world = World::with(&format!("boot_timeout_seconds = {seconds}\n"), |run| play(name, run)).await;
-    let created = create(&world).await;
+    let created = create(&world, name.starts_with("export-")).await;
     let unborn = match fate {
         Fate::Unborn(words) => Some(words),
         // It may be found out before its container is there.

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use nacelle_protocol::ids::ContainerId;
 
 use super::{Completion, Driver, OBEDIENCE, Output, SIGKILL, Streams};
+use crate::export::PATIENCE;
 use crate::perform::{self, Created, Local};
 use crate::pod::{Env, Pod};
 use crate::publisher::now_ns;
-use crate::sandbox::{Event, Exit, KILLED, ProcessKey, Refusal, Token};
+use crate::sandbox::{Event, Exit, KILLED, Phase, ProcessKey, Refusal, Token};
 use crate::stdio::Wanted;
 use crate::task::{Call, Create, Reply, TaskError};
 
@@ -70,11 +71,14 @@ impl Driver {
                 });
             }
             Call::Pause => self.spawn(token, async move {
-                pod.guest.pause(&id).await?;
+                perform::pause(pod, id, local).await?;
                 Ok(Output::Nothing)
             }),
             Call::Resume => self.spawn(token, async move {
                 pod.guest.resume(&id).await?;
+                if let Some(export) = local.and_then(|local| local.export) {
+                    export.begin().await;
+                }
                 Ok(Output::Nothing)
             }),
             Call::Pids => {
@@ -116,6 +120,29 @@ impl Driver {
         self.tasks.spawn(async move {
             tokio::time::sleep(OBEDIENCE).await;
             Completion::Disobeyed(id, token)
+        });
+    }
+
+    /// Takes note of an exit that the guest tells of: of a container that has an export, when that is over or takes long.
+    pub(super) fn exited(&mut self, key: ProcessKey, exit: Exit) {
+        let export = self.containers.get(&key.container).and_then(|local| local.export.clone());
+        let ran = self.sandbox.snapshot(&key).is_some_and(|s| matches!(s.phase, Phase::Starting | Phase::Running));
+        let (Some(export), Some(pod), true, None) = (export, self.pod.clone(), ran, &key.exec) else {
+            return self.apply(Event::Exited(key, exit));
+        };
+        if !self.exporting.insert(key.container.clone()) {
+            return pod.conduct.strike(&format!("the guest claims what cannot be: second exit of {}", key.container));
+        }
+        let id = key.container.clone();
+        let work = tokio::spawn(async move {
+            if let Err(e) = export.run(&pod, &id).await {
+                tracing::error!("container {id}: {}", crate::chain(&e));
+            }
+        });
+        self.tasks.spawn(async move {
+            // Nobody waits longer for an exit; the export goes on, and Delete waits for it.
+            let _ = tokio::time::timeout(PATIENCE, work).await;
+            Completion::Exported(key, exit)
         });
     }
 
@@ -165,6 +192,13 @@ impl Driver {
                 let key = ProcessKey { container: id, exec: None };
                 if self.sandbox.snapshot(&key).is_some_and(|s| s.exit.is_none()) {
                     self.apply(Event::Exited(key, Exit { status: KILLED, at_ns: now_ns() }));
+                }
+            }
+            Completion::Exported(key, exit) => {
+                self.exporting.remove(&key.container);
+                // It may have been told meanwhile, as the VM is gone.
+                if self.sandbox.snapshot(&key).is_some_and(|s| s.exit.is_none()) {
+                    self.apply(Event::Exited(key, exit));
                 }
             }
             Completion::Overdue(id) => self.apply(Event::Overdue(id)),
