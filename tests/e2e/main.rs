@@ -14,6 +14,7 @@ mod bad_input;
 mod contract;
 mod crash;
 mod events;
+mod files;
 mod hooks;
 mod hostile;
 mod jail;
@@ -74,6 +75,7 @@ const THEMES: &[(&str, Beside, &[Case])] = &[
     ("stdio", Beside::Each, stdio::CASES),
     ("process", Beside::Each, process::CASES),
     ("rootfs", Beside::Each, rootfs::CASES),
+    ("files", Beside::Each, files::CASES),
     ("rootfs", Beside::Only("1.7"), rootfs::PACKAGES),
     ("events", Beside::Each, events::CASES),
     ("hooks", Beside::Each, hooks::CASES),
