@@ -26,6 +26,9 @@ pub enum Command {
     },
     /// Read every cached layer in full and check its digest and structure
     Verify {
+        /// Remove the broken ones: they are converted anew when they are next needed, and sandboxes that use them keep them
+        #[arg(long)]
+        repair: bool,
         /// Print one JSON array instead of a line a layer
         #[arg(long)]
         json: bool,
@@ -54,7 +57,7 @@ pub enum Command {
     Tree(image::Tree),
 }
 
-/// Does it; `false` when `verify` found a broken layer.
+/// Does it; `false` when `verify` found a broken layer and left it.
 pub fn run(command: Command, data_dir: &Path, out: &mut impl io::Write) -> anyhow::Result<bool> {
     match command {
         Command::Build(arguments) => build::run(&arguments, out).map(|()| true),
@@ -63,7 +66,7 @@ pub fn run(command: Command, data_dir: &Path, out: &mut impl io::Write) -> anyho
         Command::Tree(arguments) => image::tree(&arguments, out).map(|()| true),
         Command::Import { archive, diff_id } => import(&open(data_dir)?, &archive, diff_id, out),
         Command::Ls { json } => list(&open(data_dir)?, json, out),
-        Command::Verify { json } => verify(&open(data_dir)?, json, out),
+        Command::Verify { repair, json } => verify(&open(data_dir)?, repair, json, out),
         Command::Gc { max } => collect(&open(data_dir)?, max, out),
     }
 }
@@ -117,17 +120,19 @@ fn list(cache: &Cache, json: bool, out: &mut impl io::Write) -> anyhow::Result<b
     Ok(true)
 }
 
-fn verify(cache: &Cache, json: bool, out: &mut impl io::Write) -> anyhow::Result<bool> {
-    let verdicts = cache.verify().context("verify layers")?;
-    let sound = verdicts.iter().all(|v| v.problem.is_none());
+fn verify(cache: &Cache, repair: bool, json: bool, out: &mut impl io::Write) -> anyhow::Result<bool> {
+    let verdicts = cache.verify(repair).context("verify layers")?;
+    let sound = verdicts.iter().all(|v| v.problem.is_none() || v.removed);
     if json {
-        let rows: Vec<_> = verdicts.iter().map(|v| json!({ "key": v.key, "problem": v.problem })).collect();
+        let rows: Vec<_> =
+            verdicts.iter().map(|v| json!({ "key": v.key, "problem": v.problem, "removed": v.removed })).collect();
         serde_json::to_writer_pretty(&mut *out, &rows)?;
         writeln!(out)?;
         return Ok(sound);
     }
     for v in &verdicts {
-        writeln!(out, "{} {}", v.key, v.problem.as_deref().unwrap_or("ok"))?;
+        let removed = if v.removed { ", removed" } else { "" };
+        writeln!(out, "{} {}{removed}", v.key, v.problem.as_deref().unwrap_or("ok"))?;
     }
     Ok(sound)
 }

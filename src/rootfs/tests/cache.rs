@@ -352,7 +352,7 @@ fn layers_are_merged_once() {
     };
     let first = merged(Outcome::Built);
     assert_eq!(merged(Outcome::Hit).key, first.key);
-    assert!(shop.cache.verify().unwrap().iter().all(|verdict| verdict.problem.is_none()));
+    assert!(shop.cache.verify(false).unwrap().iter().all(|verdict| verdict.problem.is_none()));
     let image = first.path.clone();
     drop(first);
     // A damaged one is made again, and never handed out.
@@ -496,13 +496,19 @@ fn collection_beside_starts() {
 fn verification_reads_everything() {
     let shop = Shop::new();
     let [a, b] = ["a", "b"].map(|name| shop.acquire_one(&shop.snapshot(name)));
-    assert!(shop.cache.verify().unwrap().iter().all(|v| v.problem.is_none()));
+    assert!(shop.cache.verify(false).unwrap().iter().all(|v| v.problem.is_none()));
     let file = File::options().write(true).open(&a.path).unwrap();
     let time = file.metadata().unwrap().modified().unwrap();
     file.write_all_at(b"!", a.size - 5000).unwrap();
     file.set_modified(time).unwrap();
-    for verdict in shop.cache.verify().unwrap() {
-        assert_eq!(verdict.problem.is_some(), verdict.key == a.key, "{verdict:?}");
-        assert_eq!(verdict.problem.is_none(), verdict.key == b.key, "{verdict:?}");
+    for repair in [false, true] {
+        for verdict in shop.cache.verify(repair).unwrap() {
+            assert_eq!(verdict.problem.is_some(), verdict.key == a.key, "{verdict:?}");
+            assert_eq!(verdict.problem.is_none(), verdict.key == b.key, "{verdict:?}");
+            assert_eq!(verdict.removed, repair && verdict.key == a.key, "{verdict:?}");
+        }
     }
+    // Nothing at the file tells of the damage, but the one with it is gone.
+    assert_eq!(shop.acquire_one(&shop.path("a")).outcome, Outcome::Built);
+    assert!(shop.cache.verify(false).unwrap().iter().all(|v| v.problem.is_none()));
 }

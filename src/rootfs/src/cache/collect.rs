@@ -33,6 +33,8 @@ pub struct Verdict {
     pub key: String,
     /// What is wrong, if anything.
     pub problem: Option<String>,
+    /// The cache has it no more: the next start converts the layer anew.
+    pub removed: bool,
 }
 
 /// What [`Cache::gc`] did.
@@ -54,13 +56,31 @@ impl Cache {
         Ok(images)
     }
 
-    /// Reads every image in full: checksum, structure, link counts.
-    pub fn verify(&self) -> Result<Vec<Verdict>, CacheError> {
+    /// Reads every image in full: checksum, structure, link counts. With `repair` a broken one is removed, so that its layer is
+    /// converted anew when it is next needed; pods that use it keep it.
+    pub fn verify(&self, repair: bool) -> Result<Vec<Verdict>, CacheError> {
         let check = |key: String| {
             let problem = self.problem(&key).err();
-            Verdict { key, problem }
+            let removed = problem.is_some() && repair && self.discard(&key)?;
+            Ok(Verdict { key, problem, removed })
         };
-        Ok(self.keys("erofs")?.into_iter().map(check).collect())
+        self.keys("erofs")?.into_iter().map(check).collect()
+    }
+
+    /// Removes a broken image, unless somebody has replaced it meanwhile.
+    fn discard(&self, key: &str) -> Result<bool, CacheError> {
+        let lock_path = self.file(key, "lock");
+        let _lock = Lock::wait(&lock_path).map_err(failed("lock", &lock_path))?;
+        if self.problem(key).is_ok() {
+            return Ok(false);
+        }
+        let path = self.file(key, "erofs");
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed("remove image", &path)(e)),
+            _ => {}
+        }
+        let _ = fs::remove_file(self.file(key, "json")); // worthless without the image
+        Ok(true)
     }
 
     /// Removes the least recently used images until at most `max_bytes` remain. Images in use stay, whatever the limit.
