@@ -12,7 +12,7 @@
 //! The disk gets to work while the image is being written: the sync before it is published would else wait for all of it.
 
 use std::fs::File;
-use std::io::{self, BufRead, Seek, SeekFrom};
+use std::io::{self, Seek, SeekFrom};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -20,8 +20,8 @@ use std::thread::{Builder, JoinHandle};
 
 use super::chunks;
 use super::format::{BLOCK, NULL_ADDR};
-pub use super::sink::CopyError;
 use super::sink::Sink;
+pub use super::sink::{CopyError, Source};
 use super::writer::{FIRST_BLOCK, Plan, WriteError, Written};
 use crate::tree::{Data, Tree};
 
@@ -93,7 +93,7 @@ impl<'f> Stream<'f> {
         &mut self,
         size: u64,
         extents: Option<Vec<Range<u64>>>,
-        source: &mut impl BufRead,
+        source: &mut impl Source,
     ) -> Result<Data, CopyError> {
         let block = self.next_block()?;
         match (&extents, chunks::bits_for(extents.as_deref(), size)) {
@@ -101,7 +101,7 @@ impl<'f> Stream<'f> {
                 let mut left = size;
                 while left > 0 {
                     let now = left.min(STEP);
-                    self.sink.copy_stream(source, now)?;
+                    self.sink.store(source, now)?;
                     self.start_writeback().map_err(CopyError::Write)?;
                     left -= now;
                 }
@@ -144,14 +144,14 @@ impl<'f> Stream<'f> {
         &mut self,
         range: Range<u64>,
         extents: &[Range<u64>],
-        source: &mut impl BufRead,
+        source: &mut impl Source,
     ) -> Result<(), CopyError> {
         let start = self.sink.position();
         let first = extents.partition_point(|extent| extent.end <= range.start);
         for extent in extents[first..].iter().take_while(|extent| extent.start < range.end) {
             let (from, to) = (extent.start.max(range.start), extent.end.min(range.end));
             self.sink.pad_to(start + (from - range.start)).map_err(CopyError::Write)?;
-            self.sink.copy_stream(source, to - from)?;
+            self.sink.store(source, to - from)?;
         }
         self.sink.pad_to(start + (range.end - range.start)).map_err(CopyError::Write)
     }

@@ -1,14 +1,17 @@
 //! The entries of a tar archive, one after the other: ustar, POSIX (pax), GNU, star and the form from before them.
 
 use std::fs::File;
-use std::io::{self, BufRead, Read};
+use std::io;
 use std::ops::Range;
+
+use bytes::Bytes;
 
 use super::TarError;
 use super::header::{self, BLOCK, Header};
 use super::input::Input;
 use super::pax::{self, Pax};
 use crate::Limits;
+use crate::erofs::stream::Source;
 use crate::tree::Time;
 
 /// What an entry is.
@@ -248,7 +251,7 @@ impl<'l, 's> Archive<'l, 's> {
             return Err(TarError::Limit { what: "bytes in one extension header", limit: self.limits.header as u64 });
         }
         let mut data = vec![0; self.data as usize];
-        self.read_exact(&mut data).map_err(|e| self.failed(e))?;
+        self.read_exact(&mut data)?;
         self.skip_data()?;
         Ok(data)
     }
@@ -256,11 +259,9 @@ impl<'l, 's> Archive<'l, 's> {
     fn skip_data(&mut self) -> Result<(), TarError> {
         self.data += std::mem::take(&mut self.padding);
         while self.data > 0 {
-            let n = self.fill_buf().map(<[u8]>::len).map_err(|e| self.failed(e))?;
-            if n == 0 {
+            if self.take(self.data).map_err(|e| self.failed(e))?.is_empty() {
                 return Err(self.malformed("archive is cut off"));
             }
-            self.consume(n);
         }
         Ok(())
     }
@@ -273,6 +274,15 @@ impl<'l, 's> Archive<'l, 's> {
             true => Err(self.failed(io::ErrorKind::FileTooLarge.into())),
             false => Ok(block),
         }
+    }
+
+    /// The next bytes of the entry's data, which must have as many.
+    pub fn read_exact(&mut self, buffer: &mut [u8]) -> Result<(), TarError> {
+        let len = buffer.len() as u64;
+        self.data = self.data.checked_sub(len).ok_or_else(|| self.failed(io::ErrorKind::UnexpectedEof.into()))?;
+        self.input.read_exact(buffer).map_err(|e| self.failed(e))?;
+        self.position += len;
+        Ok(())
     }
 
     fn malformed(&self, what: &'static str) -> TarError {
@@ -290,28 +300,13 @@ impl<'l, 's> Archive<'l, 's> {
     }
 }
 
-impl Read for Archive<'_, '_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let n = self.fill_buf()?.read(buffer)?;
-        self.consume(n);
-        Ok(n)
-    }
-}
-
-impl BufRead for Archive<'_, '_> {
-    fn fill_buf(&mut self) -> io::Result<&[u8]> {
-        if self.data == 0 {
-            return Ok(&[]);
-        }
-        let bytes = self.input.fill_buf()?;
-        let len = bytes.len().min(usize::try_from(self.data).unwrap_or(usize::MAX));
-        Ok(&bytes[..len])
-    }
-
-    fn consume(&mut self, n: usize) {
-        self.input.consume(n);
-        self.data -= n as u64;
-        self.position += n as u64;
+impl Source for Archive<'_, '_> {
+    fn take(&mut self, most: u64) -> io::Result<Bytes> {
+        let most = usize::try_from(most.min(self.data)).unwrap_or(usize::MAX);
+        let bytes = if most == 0 { Bytes::new() } else { self.input.take(most)? };
+        self.data -= bytes.len() as u64;
+        self.position += bytes.len() as u64;
+        Ok(bytes)
     }
 }
 

@@ -1,7 +1,5 @@
 //! Entries of an archive → the tree of a layer. Names are judged here; nothing on any disk is looked at.
 
-use std::io::Read;
-
 use super::TarError;
 use super::archive::{Archive, Entry, Kind};
 use crate::Limits;
@@ -142,7 +140,7 @@ impl<'l> Layer<'l> {
                     let mut bytes = vec![0; size as usize];
                     for extent in extents.unwrap_or_else(|| std::iter::once(0..size).collect()) {
                         let part = &mut bytes[extent.start as usize..extent.end as usize];
-                        archive.read_exact(part).map_err(|e| archive.failed(e))?;
+                        archive.read_exact(part)?;
                     }
                     Data::Bytes(bytes.into())
                 } else {

@@ -9,60 +9,64 @@
 //!                       └────────────────── chunks to be filled again ◄──────────┘
 //! ```
 //!
-//! Plain bytes are read by whoever writes them, so that they are still in that processor's cache.
+//! Plain bytes are read by whoever writes them, so that they are still in that processor's cache. Nobody copies them: reader,
+//! writer and hash have slices of the same chunk, which is filled again when none of them has any more.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufReader, Read};
 use std::os::unix::fs::FileExt;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{Builder, Scope, ScopedJoinHandle};
 
+use bytes::Bytes;
 use flate2::bufread::MultiGzDecoder;
 use sha2::{Digest, Sha256};
 
 /// Bytes that travel together: few system calls, and still inside a processor's own cache.
 const CHUNK: usize = 256 << 10;
+/// Bytes that are read at once where reading and writing are all there is to do.
+const FROM_FILE: usize = 1 << 20;
 /// Chunks that wait at most between two threads.
 const WAITING: usize = 8;
-
-type Chunk = Vec<u8>;
 
 /// The plain bytes of an archive.
 pub struct Input<'s> {
     source: Source<'s>,
     hash: Option<Hash<'s>>,
-    /// Where chunks that nobody hashes go.
-    used: SyncSender<Chunk>,
-    current: Chunk,
-    at: usize,
+    pool: Pool,
+    current: Bytes,
 }
 
 enum Source<'s> {
-    /// Plain bytes, and chunks for them.
-    Plain(Box<dyn Read + 's>, Receiver<Chunk>),
-    /// A plain file that nobody hashes, where the next chunk starts, and chunks.
-    File(&'s File, u64, Receiver<Chunk>),
+    /// Plain bytes.
+    Plain(Box<dyn Read + 's>),
+    /// A plain file that nobody hashes, and where the next chunk starts.
+    File(&'s File, u64),
     /// What the decompressing thread sends.
-    Compressed(Receiver<io::Result<Chunk>>),
+    Compressed(Receiver<io::Result<Bytes>>),
 }
 
 struct Hash<'s> {
-    chunks: SyncSender<Chunk>,
+    chunks: SyncSender<Bytes>,
     thread: ScopedJoinHandle<'s, [u8; 32]>,
 }
+
+/// All chunks; those that nobody else has any more are filled again. How many there are is bound by what waits.
+#[derive(Default)]
+struct Pool(Vec<Bytes>);
 
 impl<'s> Input<'s> {
     /// Starts the threads. They end when the archive or the input does.
     pub fn start<'e>(scope: &'s Scope<'s, 'e>, archive: impl Read + Send + 's, hash: bool) -> io::Result<Input<'s>> {
-        let (used, empty) = sync_channel(3 * WAITING);
-        let hash = hash.then(|| Hash::start(scope, used.clone())).transpose()?;
+        let hash = hash.then(|| Hash::start(scope)).transpose()?;
         let source = match open(archive)? {
-            (archive, false) => Source::Plain(archive, empty),
+            (archive, false) => Source::Plain(archive),
             (mut archive, true) => {
                 let (to_reader, chunks) = sync_channel(WAITING);
                 Builder::new().name("decompress".into()).spawn_scoped(scope, move || {
+                    let mut pool = Pool::default();
                     loop {
-                        match fill(&mut archive, &empty) {
+                        match pool.fill(&mut archive, CHUNK) {
                             Ok(chunk) if chunk.is_empty() => break,
                             chunk => {
                                 let failed = chunk.is_err();
@@ -77,7 +81,7 @@ impl<'s> Input<'s> {
                 Source::Compressed(chunks)
             }
         };
-        Ok(Input { source, hash, used, current: Chunk::default(), at: 0 })
+        Ok(Input { source, hash, pool: Pool::default(), current: Bytes::new() })
     }
 
     /// The same for a file. A plain one that is not hashed is copied from by the kernel where the entries are large.
@@ -88,8 +92,7 @@ impl<'s> Input<'s> {
         if hash || !plain {
             return Input::start(scope, file, hash);
         }
-        let (used, empty) = sync_channel(1);
-        Ok(Input { source: Source::File(file, 0, empty), hash: None, used, current: Chunk::default(), at: 0 })
+        Ok(Input { source: Source::File(file, 0), hash: None, pool: Pool::default(), current: Bytes::new() })
     }
 
     /// True where [`Input::skip_to_copy`] skips.
@@ -99,13 +102,13 @@ impl<'s> Input<'s> {
 
     /// Skips the next `len` bytes if somebody else can copy them: from this file, at this offset.
     pub fn skip_to_copy(&mut self, len: u64) -> Option<(&'s File, u64)> {
-        let Source::File(file, next, _) = &mut self.source else { return None };
-        let waiting = (self.current.len() - self.at) as u64;
+        let Source::File(file, next) = &mut self.source else { return None };
+        let waiting = self.current.len() as u64;
         let start = *next - waiting;
         if len < waiting {
-            self.at += len as usize;
+            drop(self.current.split_to(len as usize));
         } else {
-            self.at = self.current.len();
+            self.current.clear();
             *next = start.checked_add(len)?;
         }
         Some((file, start))
@@ -116,12 +119,12 @@ impl<'s> Input<'s> {
         let mut left = 0u64;
         // Compressed bytes have a checksum of their own at their end. Else nobody asks what follows the end mark.
         while self.hash.is_some() || matches!(self.source, Source::Compressed(_)) {
-            let n = self.fill_buf()?.len();
-            left = left.saturating_add(n as u64);
-            match n {
+            match self.take(CHUNK)?.len() {
                 0 => break,
-                _ if left > limit => return Err(io::ErrorKind::FileTooLarge.into()),
-                n => self.consume(n),
+                n => left = left.saturating_add(n as u64),
+            }
+            if left > limit {
+                return Err(io::ErrorKind::FileTooLarge.into());
             }
         }
         let Some(hash) = self.hash.take() else { return Ok(None) };
@@ -129,57 +132,46 @@ impl<'s> Input<'s> {
         hash.thread.join().map(Some).map_err(|_| died())
     }
 
-    /// Replaces the chunk that has been read; an empty one is the end.
-    fn next_chunk(&mut self) -> io::Result<()> {
-        self.at = 0;
-        let chunk = std::mem::take(&mut self.current);
-        match &self.hash {
-            Some(hash) => hash.chunks.send(chunk).map_err(|_| died())?,
-            None => drop(self.used.try_send(chunk)), // there are enough
-        }
-        self.current = match &mut self.source {
-            Source::Plain(archive, empty) => fill(archive, empty)?,
-            Source::File(file, next, empty) => {
-                let chunk = fill(&mut At { file, at: *next }, empty)?;
-                *next += chunk.len() as u64;
-                chunk
+    /// The next bytes; an error when there are not as many.
+    pub fn read_exact(&mut self, buffer: &mut [u8]) -> io::Result<()> {
+        let mut filled = 0;
+        while filled < buffer.len() {
+            let bytes = self.take(buffer.len() - filled)?;
+            if bytes.is_empty() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
             }
-            Source::Compressed(chunks) => chunks.recv().unwrap_or_else(|_| Ok(Chunk::default()))?,
-        };
+            buffer[filled..filled + bytes.len()].copy_from_slice(&bytes);
+            filled += bytes.len();
+        }
         Ok(())
     }
-}
 
-impl Read for Input<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let n = self.fill_buf()?.read(buffer)?;
-        self.consume(n);
-        Ok(n)
-    }
-}
-
-impl BufRead for Input<'_> {
-    fn fill_buf(&mut self) -> io::Result<&[u8]> {
-        if self.at == self.current.len() {
-            self.next_chunk()?;
+    /// The next bytes, at most `most` of them; none at the end.
+    pub fn take(&mut self, most: usize) -> io::Result<Bytes> {
+        if self.current.is_empty() {
+            self.current = match &mut self.source {
+                Source::Plain(archive) => self.pool.fill(archive, CHUNK)?,
+                Source::File(file, next) => {
+                    let chunk = self.pool.fill(&mut At { file, at: *next }, FROM_FILE)?;
+                    *next += chunk.len() as u64;
+                    chunk
+                }
+                Source::Compressed(chunks) => chunks.recv().unwrap_or_else(|_| Ok(Bytes::new()))?,
+            };
+            if let Some(hash) = &self.hash {
+                hash.chunks.send(self.current.clone()).map_err(|_| died())?;
+            }
         }
-        Ok(&self.current[self.at..])
-    }
-
-    fn consume(&mut self, n: usize) {
-        self.at += n;
+        Ok(self.current.split_to(most.min(self.current.len())))
     }
 }
 
 impl<'s> Hash<'s> {
-    fn start<'e>(scope: &'s Scope<'s, 'e>, done: SyncSender<Chunk>) -> io::Result<Hash<'s>> {
-        let (chunks, wanted) = sync_channel::<Chunk>(WAITING);
+    fn start<'e>(scope: &'s Scope<'s, 'e>) -> io::Result<Hash<'s>> {
+        let (chunks, wanted) = sync_channel::<Bytes>(WAITING);
         let thread = Builder::new().name("hash".into()).spawn_scoped(scope, move || {
             let mut hash = Sha256::new();
-            for chunk in wanted {
-                hash.update(&chunk);
-                let _ = done.try_send(chunk); // there are enough, or everything is read
-            }
+            wanted.into_iter().for_each(|chunk| hash.update(&chunk));
             hash.finalize().into()
         })?;
         Ok(Hash { chunks, thread })
@@ -190,22 +182,26 @@ fn died() -> io::Error {
     io::Error::other("the hashing thread failed")
 }
 
-/// The next plain bytes, a whole chunk of them unless the archive ends.
-fn fill(archive: &mut (impl Read + ?Sized), empty: &Receiver<Chunk>) -> io::Result<Chunk> {
-    let mut chunk = empty.try_recv().unwrap_or_default();
-    // Zeroed once, and never again while the chunk goes round.
-    chunk.resize(CHUNK, 0);
-    let mut filled = 0;
-    while filled < CHUNK {
-        match archive.read(&mut chunk[filled..]) {
-            Ok(0) => break,
-            Ok(n) => filled += n,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
+impl Pool {
+    /// The next plain bytes, a whole chunk of them unless the archive ends.
+    fn fill(&mut self, archive: &mut (impl Read + ?Sized), size: usize) -> io::Result<Bytes> {
+        let free = self.0.iter().position(Bytes::is_unique).map(|free| self.0.swap_remove(free));
+        let mut chunk = free.and_then(|chunk| chunk.try_into_mut().ok()).unwrap_or_default();
+        // Zeroed once, and never again while the chunk goes round.
+        chunk.resize(size, 0);
+        let mut filled = 0;
+        while filled < size {
+            match archive.read(&mut chunk[filled..]) {
+                Ok(0) => break,
+                Ok(n) => filled += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
         }
+        let chunk = chunk.freeze();
+        self.0.push(chunk.clone());
+        Ok(chunk.slice(..filled))
     }
-    chunk.truncate(filled);
-    Ok(chunk)
 }
 
 /// Reads a file from an offset on, whatever its cursor says.
