@@ -138,13 +138,21 @@ struct RootfsTable {
     dir: PathBuf,
     upper_mib: u64,
     container_mib: u64,
+    cache_mib: u64,
     patches: Option<PathBuf>,
     export: bool,
 }
 
 impl Default for RootfsTable {
     fn default() -> Self {
-        Self { dir: "/var/lib/nacelle".into(), upper_mib: 10 * 1024, container_mib: 0, patches: None, export: true }
+        Self {
+            dir: "/var/lib/nacelle".into(),
+            upper_mib: 10 * 1024,
+            container_mib: 0,
+            cache_mib: 20 * 1024,
+            patches: None,
+            export: true,
+        }
     }
 }
 
@@ -244,6 +252,8 @@ pub struct Config {
     pub upper_mib: u64,
     /// Most that one container may write of it; MiB, 0 for all.
     pub container_mib: u64,
+    /// Most that converted layers may take together, unless pods use them; MiB, 0 for any number.
+    pub cache_mib: u64,
     /// A list of patches for the root of every container.
     pub patches: Option<PathBuf>,
     /// What a container that is no pod's has written goes to its snapshot.
@@ -344,6 +354,7 @@ fn parse(text: &str, origin: &str) -> Result<Config, ConfigError> {
         data_dir: rootfs.dir,
         upper_mib: rootfs.upper_mib,
         container_mib: rootfs.container_mib,
+        cache_mib: rootfs.cache_mib,
         patches: rootfs.patches,
         export: rootfs.export,
         uid_base: jail.uid_base,
@@ -379,6 +390,7 @@ impl Config {
         check((64..=1 << 24).contains(&self.upper_mib), "rootfs.upper_mib", &self.upper_mib, "64 to 16777216")?;
         let fits = self.container_mib <= self.upper_mib;
         check(fits, "rootfs.container_mib", &self.container_mib, "at most rootfs.upper_mib")?;
+        check(self.cache_mib <= 1 << 34, "rootfs.cache_mib", &self.cache_mib, "0 to 17179869184")?;
         let uid_ok = self.uid_base >= UIDS_PER_POD && self.uid_base.is_multiple_of(UIDS_PER_POD);
         check(uid_ok, "jail.uid_base", &self.uid_base, "a multiple of 65536, not zero")?;
         check((1024..=1 << 20).contains(&self.max_files), "jail.max_files", &self.max_files, "1024 to 1048576")?;

@@ -142,7 +142,7 @@ pub async fn create_first(
     let size = vm::size(&bundle, &config, cpus, &wishes)?;
     let users = bundle.spec.linux().as_ref().map(spec::users).transpose()?.flatten();
 
-    let data_dir = config.data_dir.clone();
+    let settings = config.clone();
     let (claim_env, found) = (env.clone(), programs.clone());
     let mut host = blocking("prepare pod", move || Host::claim(&claim_env, config, &found, begin)).await?;
     // The lowers are converted while the VM boots: the guest finds them in its share when it needs them.
@@ -150,7 +150,7 @@ pub async fn create_first(
     let (name, record, exports) = (id.to_string(), host.record.clone(), host.config().export.then(|| bundle.clone()));
     let convert = move || match rootfs {
         Some(rootfs) => {
-            let layers = link_layers(&data_dir, &dirs, &name, &rootfs, &patches, &record)?;
+            let layers = link_layers(&settings, &dirs, &name, &rootfs, &patches, &record)?;
             let export = exports.map(|bundle| Export::of(&bundle, &rootfs, size.upper_mib << 20)).transpose()?;
             Ok::<_, PodError>((layers, export.flatten()))
         }
@@ -238,7 +238,7 @@ pub async fn create_next(env: Arc<Env>, pod: Arc<Pod>, id: ContainerId, request:
         volumes.iter_mut().for_each(|volume| volume.or_pods_own(&host.dirs.etc()));
         let degraded = volumes::bind_later(&host.vmm, pid, &host.dirs.volumes(), &volumes, host.idmap())?;
         host.record.set(|status| status.degraded.extend(degraded));
-        link_layers(host.data_dir(), &host.dirs, &name, &rootfs, &patches, &host.record)
+        link_layers(host.config(), &host.dirs, &name, &rootfs, &patches, &host.record)
     });
     let layers = layers.await;
     let local = Local::new(&bundle, &request.rootfs, &translation.volumes);

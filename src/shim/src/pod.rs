@@ -39,7 +39,7 @@ use crate::arrivals;
 use crate::bundle::{Bundle, Role};
 use crate::cgroup::CgroupError;
 use crate::conduct::Conduct;
-use crate::config::{Origin, Programs};
+use crate::config::{Config, Origin, Programs};
 use crate::guest::{Guest, GuestError, GuestEvent};
 use crate::hooks::{self, HookError};
 use crate::mirror::Mirrors;
@@ -53,6 +53,7 @@ use crate::stream::Hub;
 use crate::vm::{self, Place, Size, Vm, VmError};
 use crate::volumes::VolumeError;
 
+mod afterwards;
 mod host;
 
 pub use host::{Host, Listeners};
@@ -183,7 +184,7 @@ fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PodErr
 /// # Errors
 /// [`PodError`].
 pub fn link_layers(
-    data_dir: &Path,
+    config: &Config,
     dirs: &Dirs,
     container: &str,
     plan: &RootfsPlan,
@@ -191,7 +192,7 @@ pub fn link_layers(
     record: &Record,
 ) -> Result<Vec<Lower>, PodError> {
     let begin = Instant::now();
-    let cache = Cache::open(data_dir, Limits::default())?;
+    let cache = Cache::open(&config.data_dir, Limits::default())?;
     let scratch = dirs.scratch(container);
     std::fs::create_dir_all(&scratch).map_err(io_error("create", &scratch))?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -219,6 +220,7 @@ pub fn link_layers(
     };
     let lowers = layers.iter().map(lower).collect::<Result<_, _>>()?;
     record.phase("layers", begin);
+    afterwards::start(cache, &layers, config.cache_mib);
     // Their images are linked; only containers' own conversions were in there.
     std::fs::remove_dir_all(&scratch).map_err(io_error("remove", &scratch))?;
     Ok(lowers)

@@ -96,11 +96,6 @@ impl Host {
         &self.config
     }
 
-    /// Where layers and disks live.
-    pub fn data_dir(&self) -> &Path {
-        &self.config.data_dir
-    }
-
     /// What the annotations of the pod's containers may say.
     pub fn policy(&self) -> &Policy {
         &self.config.annotations
