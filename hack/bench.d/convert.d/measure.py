@@ -100,6 +100,7 @@ for tree in ["small", "large"]:
     size = os.path.getsize(f"{tree}.tar") >> 20
     contest(f"{tree}: a directory of {size} MiB", [
         ("nacelle layer build", f"{build} {tree} -o out"),
+        ("the same, --index", f"{build} {tree} -o out --index"),
         ("mkfs.erofs", synced.format(f"mkfs.erofs --quiet out {tree}")),
         ("cp -a", f"cp -a {tree} out"),
     ])

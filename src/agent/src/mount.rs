@@ -8,6 +8,9 @@
 //!                                          overlay on /run/nacelle/containers/<id>/rootfs
 //! ```
 //!
+//! A lower whose image refers to files elsewhere is an overlay of its own, read-only: the image, and below it as data-only layers the
+//! directories that have them. So whatever the containers' overlays put into their uppers never refers to anything.
+//!
 //! The overlay is made with fsopen(2) and its successors: each lower is an option of its own, so their number is not
 //! bound by the page that mount(2) has for options. It is `volatile`: an upper lives no longer than its container, so
 //! nobody is served by syncing it. It is private: a mount that a container makes never appears in the agent's namespace,
@@ -21,7 +24,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use nacelle_protocol::agent::{CONTAINERS_DIR, LAYERS_DIR, Lower, UPPER_DIR};
+use nacelle_protocol::agent::{CONTAINERS_DIR, DATA_DIR, LAYERS_DIR, Lower, UPPER_DIR};
 use rustix::fs::CWD;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
@@ -98,6 +101,8 @@ impl Lowers {
     fn acquire(&self, lower: &Lower, users: Option<&File>) -> Result<PathBuf, MountError> {
         let file = share_file(&lower.name)?;
         let devices = lower.devices.iter().map(|name| share_file(name)).collect::<Result<Vec<_>, _>>()?;
+        let directory = |name: &String| Ok(Path::new(LAYERS_DIR).join(DATA_DIR).join(file_name(name)?));
+        let data = lower.data.iter().map(directory).collect::<Result<Vec<_>, MountError>>()?;
         let mut table = self.lock();
         let key = (lower.name.clone(), users.is_some());
         if let Some((target, uses)) = table.mounted.get_mut(&key) {
@@ -107,7 +112,8 @@ impl Lowers {
         let target = Path::new(LOWERS_DIR).join(table.next.to_string());
         table.next += 1;
         fs::create_dir_all(&target).map_err(io_error("create", &target))?;
-        if let Err(source) = mount_image(&file, &devices, &target, users) {
+        let mounted = mount_image(&file, &devices, &target, users);
+        if let Err(source) = mounted.and_then(|()| if data.is_empty() { Ok(()) } else { add_data(&target, &data) }) {
             // Nothing is in it, and nobody has heard of it.
             let _ = fs::remove_dir(&target);
             return Err(MountError::Mount { what: file.display().to_string(), target, source });
@@ -135,10 +141,38 @@ impl Lowers {
 
 /// The file of the layers share that has this name.
 fn share_file(name: &str) -> Result<PathBuf, MountError> {
+    Ok(Path::new(LAYERS_DIR).join(file_name(name)?))
+}
+
+fn file_name(name: &str) -> Result<&str, MountError> {
     if name.is_empty() || name.contains(['/', '\0']) || matches!(name, "." | "..") {
         return Err(MountError::Name(name.chars().take(80).collect()));
     }
-    Ok(Path::new(LAYERS_DIR).join(name))
+    Ok(name)
+}
+
+/// Puts an overlay in the place of the image that is mounted on `target`: its files that have no data of their own have that
+/// of the files in `data`. After an error nothing is mounted there.
+fn add_data(target: &Path, data: &[PathBuf]) -> io::Result<()> {
+    let overlay = || -> io::Result<_> {
+        let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        fsconfig_set_string(&context, "source", "index")?;
+        fsconfig_set_string(&context, "lowerdir+", target)?;
+        for directory in data {
+            // Opened, it is the mount that the host has put there, and not the place for it.
+            fs::File::open(directory)?;
+            fsconfig_set_string(&context, "datadir+", directory)?;
+        }
+        fsconfig_set_string(&context, "metacopy", "on")?;
+        fsconfig_set_flag(&context, "ro")?;
+        fsconfig_create(&context)?;
+        let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOATIME;
+        Ok(fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?)
+    };
+    let overlay = overlay();
+    // The overlay has a mount of the image of its own.
+    unmount(target, UnmountFlags::DETACH)?;
+    Ok(move_mount(&overlay?, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
 }
 
 /// Mounts an image, its ids those of the user namespace `users`. No loop device: EROFS reads the files itself (Linux 6.12).
@@ -343,11 +377,13 @@ mod tests {
     #[test]
     fn lowers_are_file_names() {
         let lowers = Lowers::default();
-        let lower = |name: &str| Lower { name: name.to_owned(), devices: Vec::new() };
+        let lower = |name: &str| Lower { name: name.to_owned(), devices: Vec::new(), data: Vec::new() };
         for bad in ["", ".", "..", "../x", "a/b", "a\0"] {
             assert!(matches!(lowers.acquire(&lower(bad), None), Err(MountError::Name(_))), "{bad:?}");
             let device = Lower { devices: vec!["good".to_owned(), bad.to_owned()], ..lower("good") };
             assert!(matches!(lowers.acquire(&device, None), Err(MountError::Name(_))), "{bad:?}");
+            let data = Lower { data: vec![bad.to_owned()], ..lower("good") };
+            assert!(matches!(lowers.acquire(&data, None), Err(MountError::Name(_))), "{bad:?}");
         }
         assert!(matches!(mount_rootfs(&lowers, "x", &[], None, None), Err(MountError::Count(0))));
         assert!(matches!(mount_rootfs(&lowers, "x", &vec![lower(""); 501], None, None), Err(MountError::Count(501))));

@@ -29,6 +29,9 @@ pub struct Arguments {
     /// Print the digest of the archive's plain bytes, or refuse an archive that has another than the one given (sha256:…)
     #[arg(long, requires = "tar", num_args = 0..=1, value_name = "DIGEST", value_parser = |text: &str| text.parse::<DiffId>())]
     diff_id: Option<Option<DiffId>>,
+    /// Leave the data of large files where it is: the image is of use only beside the directory, as a first pod has it
+    #[arg(long, conflicts_with = "tar")]
+    index: bool,
     /// Read the image back in full and check its checksum, structure and link counts
     #[arg(long)]
     verify: bool,
@@ -42,7 +45,10 @@ pub fn run(arguments: &Arguments, out: &mut impl io::Write) -> anyhow::Result<()
     let output = &arguments.output;
     let dir = output.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     // Before the image is there: it may be meant to lie in the very directory.
-    let tree = arguments.directory.as_ref().map(|dir| layer::scan(dir, &Limits::default())).transpose()?;
+    let mut tree = arguments.directory.as_ref().map(|dir| layer::scan(dir, &Limits::default())).transpose()?;
+    if let Some(tree) = tree.as_mut().filter(|_| arguments.index) {
+        layer::refer::refer(tree, 0);
+    }
     // Readable for its owner alone, as the files in it may be.
     let image = tempfile::NamedTempFile::new_in(dir).with_context(|| format!("create image in {}", dir.display()))?;
     let hashing = arguments.diff_id.map_or(Hashing::Skip, |wanted| wanted.map_or(Hashing::Compute, Hashing::Expect));
@@ -145,6 +151,10 @@ mod tests {
         let (source, image) = (dir.path().to_str().unwrap(), image.to_str().unwrap());
         let said = run_with(&[source, "-o", image, "--verify"]).unwrap();
         assert!(said.ends_with("8.0 KiB, 2 inodes, verified\n"), "{said}");
+        fs::write(dir.path().join("large"), vec![1; 5 << 20]).unwrap();
+        let said = run_with(&[source, "-o", image, "--verify", "--index"]).unwrap();
+        assert!(said.ends_with("20.0 KiB, 4 inodes, verified\n"), "the large file is not in it: {said}");
+        fs::remove_file(dir.path().join("large")).unwrap();
         let said = run_with(&[source, "-o", image, "--json"]).unwrap();
         assert!(said.contains("\"inodes\": 3"), "the image itself lies there now: {said}");
     }

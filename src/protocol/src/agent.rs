@@ -10,6 +10,7 @@
 //!
 //! ```text
 //!  /run/nacelle/layers/       share "layers", read-only: <name>.erofs, one file a lower
+//!  /run/nacelle/layers/data/  directories of layers that are not images yet
 //!  /run/nacelle/volumes/      share "volumes": one entry a volume, a directory or a single file
 //!  /run/nacelle/mirrors/      a tmpfs for each volume that is a copy
 //!  /run/nacelle/upper/<id>/   upper and work directories of a container
@@ -41,6 +42,8 @@ pub const UPPER_SERIAL: &str = "upper";
 
 /// Where the layers share is mounted in the guest.
 pub const LAYERS_DIR: &str = "/run/nacelle/layers";
+/// Directory in the layers share that has a directory for each layer whose files are read there.
+pub const DATA_DIR: &str = "data";
 /// Where the volumes share is mounted in the guest.
 pub const VOLUMES_DIR: &str = "/run/nacelle/volumes";
 /// Where the disk with the uppers is mounted in the guest.
@@ -114,4 +117,7 @@ pub struct Lower {
     /// File names of the images that hold file data of it, in the order of its device table.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<String>,
+    /// Names in [`DATA_DIR`] of the directories that hold file data of it, found there by path; what is in the first counts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub data: Vec<String>,
 }

@@ -58,6 +58,6 @@ pub struct LayerUse {
     pub key: String,
     /// Size of the image in bytes.
     pub size: u64,
-    /// `reused`, `built`, `rebuilt`, `ephemeral` or `ready`.
+    /// `reused`, `built`, `rebuilt`, `ephemeral`, `indexed` or `ready`.
     pub outcome: String,
 }

@@ -345,7 +345,7 @@ fn layers_are_merged_once() {
     let upper = Lower::Upper(shop.snapshot("upper"));
     let lowers = [&snapshots[..], &[upper]].concat();
     let merged = |outcome| {
-        let layers = shop.cache.merge(shop.acquire(&lowers).unwrap()).unwrap();
+        let layers = shop.cache.merge(shop.acquire(&lowers).unwrap(), &shop.path("scratch")).unwrap();
         assert_eq!(outcomes(&layers), [outcome, Outcome::Ephemeral]);
         assert_eq!(layers[0].devices.len(), 3);
         layers.into_iter().next().unwrap()
@@ -365,7 +365,7 @@ fn layers_are_merged_once() {
     assert_eq!(shop.cache.gc(0).unwrap().removed.len(), 4);
     drop(quiet);
     // Alone it stays as it is.
-    let one = shop.cache.merge(shop.acquire(&lowers[..1]).unwrap()).unwrap();
+    let one = shop.cache.merge(shop.acquire(&lowers[..1]).unwrap(), &shop.path("scratch")).unwrap();
     assert_eq!((one.len(), one[0].devices.len()), (1, 0));
 }
 

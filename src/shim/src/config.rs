@@ -139,6 +139,7 @@ struct RootfsTable {
     upper_mib: u64,
     container_mib: u64,
     cache_mib: u64,
+    index_mib: u64,
     patches: Option<PathBuf>,
     export: bool,
 }
@@ -150,6 +151,7 @@ impl Default for RootfsTable {
             upper_mib: 10 * 1024,
             container_mib: 0,
             cache_mib: 20 * 1024,
+            index_mib: 64,
             patches: None,
             export: true,
         }
@@ -254,6 +256,8 @@ pub struct Config {
     pub container_mib: u64,
     /// Most that converted layers may take together, unless pods use them; MiB, 0 for any number.
     pub cache_mib: u64,
+    /// A layer with so much in large files is used before it is converted; MiB, 0 for none.
+    pub index_mib: u64,
     /// A list of patches for the root of every container.
     pub patches: Option<PathBuf>,
     /// What a container that is no pod's has written goes to its snapshot.
@@ -355,6 +359,7 @@ fn parse(text: &str, origin: &str) -> Result<Config, ConfigError> {
         upper_mib: rootfs.upper_mib,
         container_mib: rootfs.container_mib,
         cache_mib: rootfs.cache_mib,
+        index_mib: rootfs.index_mib,
         patches: rootfs.patches,
         export: rootfs.export,
         uid_base: jail.uid_base,
@@ -391,6 +396,7 @@ impl Config {
         let fits = self.container_mib <= self.upper_mib;
         check(fits, "rootfs.container_mib", &self.container_mib, "at most rootfs.upper_mib")?;
         check(self.cache_mib <= 1 << 34, "rootfs.cache_mib", &self.cache_mib, "0 to 17179869184")?;
+        check(self.index_mib <= 1 << 34, "rootfs.index_mib", &self.index_mib, "0 to 17179869184")?;
         let uid_ok = self.uid_base >= UIDS_PER_POD && self.uid_base.is_multiple_of(UIDS_PER_POD);
         check(uid_ok, "jail.uid_base", &self.uid_base, "a multiple of 65536, not zero")?;
         check((1024..=1 << 20).contains(&self.max_files), "jail.max_files", &self.max_files, "1024 to 1048576")?;

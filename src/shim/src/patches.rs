@@ -78,6 +78,11 @@ impl Patches {
         Ok(Self(lists))
     }
 
+    /// True where nobody wants any.
+    pub fn is_empty(&self) -> bool {
+        self.0.iter().all(|(list, _)| list.is_empty())
+    }
+
     /// Builds them over `layers` (bottom first) and puts them on top. Their images lie in `scratch`. Blocks.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nacelle_protocol::agent::{Container, Lower, Rootfs, Users};
+use nacelle_protocol::agent::{Container, Rootfs, Users};
 use nacelle_protocol::ids::ContainerId;
 use nacelle_rootfs::plan::{self, Mount};
 use oci_spec::runtime::{Hooks, LinuxResources, Process};
@@ -22,7 +22,7 @@ use crate::guest::GuestEvent;
 use crate::hooks;
 use crate::network;
 use crate::patches::{Patches, PatchesError};
-use crate::pod::{Env, Host, Pod, PodError, Start, blocking, link_layers};
+use crate::pod::{Env, Host, Linked, Pod, PodError, Start, blocking, link_layers};
 use crate::sandbox::{KILLED, ProcessKey, Refusal};
 use crate::spec::{self, SpecError, Translation, Volume};
 use crate::stdio::{Io, Owner, Wanted};
@@ -49,6 +49,8 @@ pub struct Local {
     version: String,
     annotations: HashMap<String, String>,
     volumes: Vec<String>,
+    /// Names of layers' directories that the guest is shown.
+    data: Vec<String>,
 }
 
 impl Local {
@@ -58,6 +60,7 @@ impl Local {
             version: bundle.spec.version().clone(),
             annotations: bundle.annotations().clone(),
             volumes: volumes.iter().map(|volume| volume.name.clone()).collect(),
+            data: Vec::new(),
             guest_pid: None,
             export: None,
             bundle: bundle.dir.clone(),
@@ -154,7 +157,7 @@ pub async fn create_first(
             let export = exports.map(|bundle| Export::of(&bundle, &rootfs, size.upper_mib << 20)).transpose()?;
             Ok::<_, PodError>((layers, export.flatten()))
         }
-        None => Ok((Vec::new(), None)),
+        None => Ok((Linked::default(), None)),
     };
     let layers = tokio::spawn(blocking("convert layers", convert));
     let equip = {
@@ -263,13 +266,13 @@ async fn finish(
     id: ContainerId,
     mut local: Local,
     translation: Option<Translation>,
-    layers: Result<Vec<Lower>, PodError>,
+    layers: Result<Linked, PodError>,
     wanted: Wanted,
 ) -> Result<Created, TaskError> {
     let pid = pod.vm.pid();
     let limit = pod.host.upper_limit(pod.host.policy().read(&local.annotations)?.container_mib)?;
     let io = Io::open(&pod.hub, &owner(env, &id), &wanted).await?;
-    let lowers = layers?;
+    let Linked { lowers, data } = layers?;
     let Some(Translation { mut spec, pod_pids, users, volumes, .. }) = translation else {
         pod.host.record.write();
         return Ok(Created { local, io, pid });
@@ -277,6 +280,11 @@ async fn finish(
     let ids = plan::ids(&local.rootfs)?.map(|ids| Users { first: ids.first, count: ids.count });
     if ids.is_some() && ids != users {
         return Err(SpecError::PodUsers("root file system").into());
+    }
+    if !data.is_empty() {
+        local.data = data.iter().map(|(name, _)| name.clone()).collect();
+        let lender = pod.clone();
+        blocking("show layers", move || lender.lend(&data)).await?;
     }
     pod.follow(&volumes)?;
     let watching = pod.clone();
@@ -290,6 +298,7 @@ async fn finish(
     let created = pod.while_alive(create).await;
     if created.is_err() {
         pod.mirrors.remove(&local.volumes);
+        take_back(pod, local.data.clone()).await;
     }
     local.guest_pid = Some(created?);
     pod.mirrors.settle(&pod.guest, &container.mirrors).await;
@@ -410,6 +419,7 @@ pub async fn delete(
     let Some(local) = local else { return Ok(()) };
     if let Some(pod) = pod {
         unbind_all(&pod, local.volumes.clone()).await;
+        take_back(&pod, local.data.clone()).await;
         pod.host.record.forget(key.container.as_str());
         pod.host.record.write();
     }
@@ -420,6 +430,18 @@ pub async fn delete(
         }
     }
     Ok(())
+}
+
+/// The guest needs these directories of layers no more.
+async fn take_back(pod: &Arc<Pod>, names: Vec<String>) {
+    let host = pod.host.clone();
+    let unbind = move || {
+        names.iter().for_each(|name| volumes::unbind(&host.dirs.data(), name));
+        Ok::<_, PodError>(())
+    };
+    if let Err(e) = blocking("take layers back", unbind).await {
+        tracing::error!("{}", crate::chain(&e));
+    }
 }
 
 async fn unbind_all(pod: &Arc<Pod>, names: Vec<String>) {

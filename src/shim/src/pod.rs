@@ -24,7 +24,7 @@ use nacelle_protocol::agent::{Lower, Users};
 use nacelle_protocol::features;
 use nacelle_protocol::ids::SandboxId;
 use nacelle_protocol::vm::{Network, Nics};
-use nacelle_rootfs::cache::{Cache, CacheError};
+use nacelle_rootfs::cache::{Cache, CacheError, Missing};
 use nacelle_rootfs::changes::ChangesError;
 use nacelle_rootfs::plan::RootfsPlan;
 use nacelle_rootfs::{Layer, Limits, Lower as Source, Outcome, program, upper};
@@ -39,7 +39,7 @@ use crate::arrivals;
 use crate::bundle::{Bundle, Role};
 use crate::cgroup::CgroupError;
 use crate::conduct::Conduct;
-use crate::config::{Config, Origin, Programs};
+use crate::config::{Config, Idmap, Origin, Programs};
 use crate::guest::{Guest, GuestError, GuestEvent};
 use crate::hooks::{self, HookError};
 use crate::mirror::Mirrors;
@@ -51,7 +51,7 @@ use crate::state::{Dirs, Process, StateError};
 use crate::status::Record;
 use crate::stream::Hub;
 use crate::vm::{self, Place, Size, Vm, VmError};
-use crate::volumes::VolumeError;
+use crate::volumes::{self, VolumeError};
 
 mod afterwards;
 mod host;
@@ -179,7 +179,16 @@ fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PodErr
     move |source| PodError::Io { what, path: path.to_owned(), source }
 }
 
-/// Brings a root file system's lowers into the pod's share; returns what the guest has to know of them, bottom first.
+/// A root file system's layers, as the guest finds them.
+#[derive(Debug, Default)]
+pub struct Linked {
+    /// The lowers, bottom first.
+    pub lowers: Vec<Lower>,
+    /// Directories that [`Pod::lend`] has to show the guest, and their names there.
+    pub data: Vec<(String, PathBuf)>,
+}
+
+/// Brings a root file system's lowers into the pod's share.
 ///
 /// # Errors
 /// [`PodError`].
@@ -190,13 +199,16 @@ pub fn link_layers(
     plan: &RootfsPlan,
     patches: &Patches,
     record: &Record,
-) -> Result<Vec<Lower>, PodError> {
+) -> Result<Linked, PodError> {
     let begin = Instant::now();
     let cache = Cache::open(&config.data_dir, Limits::default())?;
     let scratch = dirs.scratch(container);
     std::fs::create_dir_all(&scratch).map_err(io_error("create", &scratch))?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut layers = cache.acquire_all(plan, &scratch, threads)?;
+    // Patches read the layers that they change.
+    let index = config.index_mib > 0 && patches.is_empty();
+    let missing = if index { Missing::Index(config.index_mib << 20) } else { Missing::Convert };
+    let mut layers = cache.acquire(plan, &scratch, threads, missing)?;
     // What the container has written before, it has written over the patches.
     let own = match (plan.lowers.last(), layers.last()) {
         (Some(Source::Upper(_)), Some(Layer { outcome: Outcome::Ephemeral, .. })) if layers.len() > 1 => layers.pop(),
@@ -205,7 +217,7 @@ pub fn link_layers(
     patches.build(&cache, &mut layers, &scratch)?;
     layers.extend(own);
     record.layers(container, &layers);
-    let layers = cache.merge(layers)?;
+    let layers = cache.merge(layers, &scratch)?;
     let share = dirs.layers();
     let link = |layer: &Layer| {
         let name = format!("{}.erofs", layer.key);
@@ -214,16 +226,20 @@ pub fn link_layers(
         }
         Ok::<_, CacheError>(name)
     };
+    let mut data = Vec::new();
     let lower = |layer: &Layer| {
         let devices = layer.devices.iter().map(link).collect::<Result<_, _>>()?;
-        Ok::<_, CacheError>(Lower { name: link(layer)?, devices })
+        let first = data.len();
+        data.extend(layer.data.iter().zip(first..).map(|(dir, n)| (format!("{container}-{n}"), dir.clone())));
+        let data = data[first..].iter().map(|(name, _)| name.clone()).collect();
+        Ok::<_, CacheError>(Lower { name: link(layer)?, devices, data })
     };
     let lowers = layers.iter().map(lower).collect::<Result<_, _>>()?;
     record.phase("layers", begin);
     afterwards::start(cache, &layers, config.cache_mib);
     // Their images are linked; only containers' own conversions were in there.
     std::fs::remove_dir_all(&scratch).map_err(io_error("remove", &scratch))?;
-    Ok(lowers)
+    Ok(Linked { lowers, data })
 }
 
 /// A pod whose guest is up.
@@ -390,6 +406,27 @@ impl Pod {
                 Err(e)
             }
         }
+    }
+
+    /// Shows directories of layers to the guest, and to it alone: read-only, in the layers share. Blocks.
+    ///
+    /// # Errors
+    /// [`PodError::Volume`]; nothing is left then.
+    pub fn lend(&self, data: &[(String, PathBuf)]) -> Result<(), PodError> {
+        let volume = |(name, source): &(String, PathBuf)| Volume {
+            name: name.clone(),
+            source: source.clone(),
+            destination: "/".into(),
+            recursive: false,
+            read_only: true,
+            follows: false,
+        };
+        let data: Vec<_> = data.iter().map(volume).collect();
+        // A container of that name may have failed after this.
+        data.iter().for_each(|volume| volumes::unbind(&self.host.dirs.data(), &volume.name));
+        // Only what everybody may read is read there, so it does not matter whether ids can be mapped.
+        volumes::bind_later(&self.host.vmm, self.vm.pid(), &self.host.dirs.data(), &data, Idmap::BestEffort)?;
+        Ok(())
     }
 
     /// From now on what the host mounts below these volumes reaches the guest, if one of them is for it.

@@ -11,6 +11,7 @@
 //!  <data>/layers/  <data>/upper/              caches of the node
 //!  <data>/pods/<namespace>/<sandbox>/
 //!    layers/            hard links of the lowers in use
+//!    layers/data/       tmpfs in the shim's mount namespace, as volumes/: directories of layers that are not converted yet
 //!    scratch/<id>/      layers of one container's own, while they are converted
 //!    upper.ext4         the pod's writable disk
 //! ```
@@ -24,6 +25,7 @@ use std::os::unix::fs::{DirBuilderExt, FileExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nacelle_protocol::agent::DATA_DIR;
 use nacelle_protocol::ids::SandboxId;
 use nacelle_protocol::status::STATUS_FILE;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -128,6 +130,11 @@ impl Dirs {
         self.pod.join("layers")
     }
 
+    /// Where directories of layers appear in the share "layers".
+    pub fn data(&self) -> PathBuf {
+        self.layers().join(DATA_DIR)
+    }
+
     /// For layers that one container alone uses, while they are converted.
     pub fn scratch(&self, container: &str) -> PathBuf {
         self.pod.join("scratch").join(container)
@@ -178,7 +185,7 @@ impl Dirs {
         // The jail hands these to a process that is not root.
         let mut open = fs::DirBuilder::new();
         open.mode(0o755);
-        for dir in [self.volumes(), self.jail_root(), self.layers()] {
+        for dir in [self.volumes(), self.jail_root(), self.layers(), self.data()] {
             open.create(&dir).map_err(io_error("create", &dir))?;
         }
         Ok(())
@@ -192,6 +199,7 @@ impl Dirs {
         let rm = |path: PathBuf| gone_is_fine(fs::remove_file(&path)).map_err(io_error("remove", &path));
         let rmdir = |path: PathBuf| gone_is_fine(fs::remove_dir(&path)).map_err(io_error("remove", &path));
         rm(self.upper())?;
+        rmdir(self.data())?;
         let layers = self.layers();
         match fs::read_dir(&layers) {
             Ok(entries) => {

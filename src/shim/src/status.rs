@@ -78,6 +78,7 @@ fn word(outcome: Outcome) -> &'static str {
         Outcome::Built => "built",
         Outcome::Rebuilt => "rebuilt",
         Outcome::Ephemeral => "ephemeral",
+        Outcome::Indexed => "indexed",
         Outcome::Ready => "ready",
     }
 }

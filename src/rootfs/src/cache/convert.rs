@@ -28,6 +28,7 @@ pub(super) fn ephemeral_layer(image: &Path, size: u64, opaque: bool, start: Inst
         outcome: Outcome::Ephemeral,
         took: start.elapsed(),
         devices: Vec::new(),
+        data: Vec::new(),
         file,
         opaque,
     })
@@ -46,9 +47,13 @@ impl Cache {
 
     /// Writes `dir`'s image to `to`, replacing what is there; says also whether its root is opaque.
     pub(super) fn convert(&self, dir: &Path, to: &Path) -> Result<(File, Written, bool), CacheError> {
+        self.convert_tree(dir, &layer::scan(dir, &self.limits)?, to)
+    }
+
+    /// The same, with what is in it.
+    pub(super) fn convert_tree(&self, dir: &Path, tree: &Tree, to: &Path) -> Result<(File, Written, bool), CacheError> {
         let converting = |source| CacheError::Convert { layer: dir.into(), source };
-        let tree = layer::scan(dir, &self.limits)?;
-        let plan = Plan::new(&tree).map_err(converting)?;
+        let plan = Plan::new(tree).map_err(converting)?;
         let file = create(to)?;
         // A full disk shows now and not after half the work; not every file system can tell.
         if let Err(e @ (Errno::NOSPC | Errno::DQUOT | Errno::FBIG)) =
@@ -146,6 +151,7 @@ fn opened(path: &Path, image: bool) -> Result<(Layer, usize), CacheError> {
         outcome: Outcome::Ready,
         took: start.elapsed(),
         devices: Vec::new(),
+        data: Vec::new(),
         file,
         opaque: false,
     };

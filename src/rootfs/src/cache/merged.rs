@@ -6,8 +6,9 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::Instant;
 
-use super::convert::{create, protect};
+use super::convert::{create, ephemeral_layer, protect};
 use super::sidecar::key_of_merged;
 use super::{Cache, CacheError, Layer, Outcome};
 use crate::erofs::reader::{Image, ReadAt};
@@ -19,16 +20,24 @@ const WORTH: usize = 2;
 
 impl Cache {
     /// Puts one merged image in the place of the cached layers at the bottom of a stack, whose devices they become. Layers that
-    /// were made for one container or by others stay as they are, and so do few layers.
-    pub fn merge(&self, mut layers: Vec<Layer>) -> Result<Vec<Layer>, CacheError> {
-        let cached = |layer: &Layer| matches!(layer.outcome, Outcome::Hit | Outcome::Built | Outcome::Rebuilt);
+    /// were made for one container or by others stay as they are, and so do few layers. With indexes among them the merged image is
+    /// made in `scratch`, for one container.
+    pub fn merge(&self, mut layers: Vec<Layer>, scratch: &Path) -> Result<Vec<Layer>, CacheError> {
+        let cached = |layer: &Layer| !matches!(layer.outcome, Outcome::Ephemeral | Outcome::Ready);
         let count = layers.iter().take_while(|layer| cached(layer)).count();
         if count < WORTH {
             return Ok(layers);
         }
         let above = layers.split_off(count);
+        let data: Vec<_> = layers.iter().rev().flat_map(|layer| layer.data.clone()).collect();
+        if !data.is_empty() {
+            let (start, image) = (Instant::now(), scratch.join("merged.erofs"));
+            let (_, written, opaque) = write_merged(&layers, &image)?;
+            let merged = ephemeral_layer(&image, written.size, opaque, start)?;
+            return Ok(std::iter::once(Layer { devices: layers, data, ..merged }).chain(above).collect());
+        }
         let key = key_of_merged(layers.iter().map(|layer| layer.key.as_str()));
-        let merged = match self.hit(&key, std::time::Instant::now(), false) {
+        let merged = match self.hit(&key, Instant::now(), false) {
             Some(merged) => merged,
             None => self.build_or_wait(key, format!("{count} layers"), |temp| write_merged(&layers, temp))?,
         };

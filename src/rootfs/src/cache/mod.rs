@@ -21,6 +21,7 @@
 
 mod collect;
 mod convert;
+mod index;
 mod merged;
 mod mounted;
 mod patched;
@@ -38,6 +39,7 @@ use rustix::fs::{AtFlags, CWD};
 use rustix::io::Errno;
 
 pub use collect::{Cached, Collected, Verdict};
+pub use index::Missing;
 
 use crate::Limits;
 use crate::erofs::reader::checksum;
@@ -48,6 +50,7 @@ use crate::merge::MergeError;
 use crate::patch::PatchError;
 use crate::plan::{Lower, RootfsPlan};
 use crate::tar::{DiffId, TarError};
+use crate::tree::Tree;
 use convert::{Temporary, ready};
 use sidecar::{Sidecar, Stamp, key_of, key_of_archive};
 
@@ -150,6 +153,8 @@ pub enum Outcome {
     Rebuilt,
     /// It was converted for this container only.
     Ephemeral,
+    /// Its names and small files are in an image for this container only; the rest is where the layer is.
+    Indexed,
     /// It was an image already.
     Ready,
 }
@@ -169,6 +174,8 @@ pub struct Layer {
     pub took: Duration,
     /// Images that hold file data of this one, in the order of its device table.
     pub devices: Vec<Layer>,
+    /// Directories that hold file data of it, found there by path; what is in the first counts.
+    pub data: Vec<PathBuf>,
     file: File,
     opaque: bool,
 }
@@ -199,6 +206,18 @@ impl Cache {
     /// converted into `scratch`, which must exist and belongs to the caller. An empty upper is left out, and so is everything
     /// below a layer whose root is opaque.
     pub fn acquire_all(&self, plan: &RootfsPlan, scratch: &Path, threads: usize) -> Result<Vec<Layer>, CacheError> {
+        self.acquire(plan, scratch, threads, Missing::Convert)
+    }
+
+    /// The same, with a choice of what happens to snapshots that are missing. Indexes lie in `scratch`, like what is converted from
+    /// writable lowers.
+    pub fn acquire(
+        &self,
+        plan: &RootfsPlan,
+        scratch: &Path,
+        threads: usize,
+        how: Missing,
+    ) -> Result<Vec<Layer>, CacheError> {
         let mut layers: Vec<Option<Layer>> = Vec::with_capacity(plan.lowers.len());
         let mut missing = Vec::new();
         for (index, lower) in plan.lowers.iter().enumerate() {
@@ -221,7 +240,8 @@ impl Cache {
             }
             layers.push(layer);
         }
-        for (index, layer) in self.convert_missing(plan, &missing, scratch, threads)? {
+        let how = how.possible(plan, &layers, &missing);
+        for (index, layer) in self.convert_missing(plan, &missing, scratch, threads, how)? {
             layers[index] = Some(layer);
         }
         let mut layers: Vec<Layer> = layers.into_iter().flatten().collect();
@@ -237,6 +257,7 @@ impl Cache {
         missing: &[usize],
         scratch: &Path,
         threads: usize,
+        how: Missing,
     ) -> Result<Vec<(usize, Layer)>, CacheError> {
         let next = AtomicUsize::new(0);
         let stop = AtomicBool::new(false);
@@ -246,7 +267,12 @@ impl Cache {
                 && let Some(&index) = missing.get(next.fetch_add(1, Ordering::Relaxed))
             {
                 let layer = match &plan.lowers[index] {
-                    Lower::Snapshot(dir) => self.build_snapshot(dir),
+                    Lower::Snapshot(dir) => match how {
+                        Missing::Convert => self.build_snapshot(dir, None),
+                        Missing::Index(worth) => {
+                            self.index_or_build(dir, &scratch.join(format!("index-{index}.erofs")), worth)
+                        }
+                    },
                     Lower::Image(image, devices) => ready(image, devices),
                     Lower::UpperDisk(disk) => Err(CacheError::Image { path: disk.into(), what: WRITTEN }),
                     Lower::Writable(dir) | Lower::Upper(dir) => {
@@ -302,14 +328,19 @@ impl Cache {
             outcome: Outcome::Hit,
             took: start.elapsed(),
             devices: Vec::new(),
+            data: Vec::new(),
             file,
             opaque: sidecar.opaque,
         })
     }
 
-    fn build_snapshot(&self, dir: &Path) -> Result<Layer, CacheError> {
+    /// `tree`: what is in it, if somebody knows already.
+    fn build_snapshot(&self, dir: &Path, tree: Option<&Tree>) -> Result<Layer, CacheError> {
         let key = key_of(dir).map_err(|source| CacheError::Lower { path: dir.into(), source })?;
-        self.build_or_wait(key, dir.to_string_lossy().into_owned(), |temp| self.convert(dir, temp))
+        self.build_or_wait(key, dir.to_string_lossy().into_owned(), |temp| match tree {
+            Some(tree) => self.convert_tree(dir, tree, temp),
+            None => self.convert(dir, temp),
+        })
     }
 
     /// Gives the image of the archive with this diffID. `open` is asked for the archive's bytes when they are needed; they are

@@ -16,6 +16,7 @@
 
 mod extents;
 pub(crate) mod markers;
+pub mod refer;
 pub(crate) mod xattrs;
 
 use std::collections::HashMap;

@@ -1,7 +1,8 @@
-//! The layer cache kept within its limit (`rootfs.cache_mib`), by whoever has made it grow.
+//! What is done for the layer cache beside a pod that runs: layers that were only indexed are converted, and the cache is kept within
+//! its limit (`rootfs.cache_mib`) by whoever has made it grow.
 //!
 //! It happens on a thread that nobody waits for, after the layers of the container at hand have got their links: what a pod
-//! uses is never collected. A shim that ends in the middle of it leaves the cache sound, and the next conversion goes on.
+//! uses is never collected. A shim that ends in the middle of it leaves the cache sound, and the next container goes on.
 
 use nacelle_rootfs::{Cache, Layer, Outcome};
 
@@ -9,18 +10,28 @@ use nacelle_rootfs::{Cache, Layer, Outcome};
 pub fn start(cache: Cache, layers: &[Layer], limit_mib: u64) {
     let new = |layer: &Layer| matches!(layer.outcome, Outcome::Built | Outcome::Rebuilt);
     let grown = layers.iter().any(|layer| new(layer) || layer.devices.iter().any(new));
-    if limit_mib == 0 || !grown {
+    let indexed: Vec<_> = layers.iter().flat_map(|layer| layer.data.clone()).collect();
+    if indexed.is_empty() && (limit_mib == 0 || !grown) {
         return;
     }
-    let work = move || match cache.gc(limit_mib << 20) {
-        Ok(done) if done.removed.is_empty() => {}
-        Ok(done) => {
-            let (count, freed, kept) = (done.removed.len(), done.freed >> 20, done.kept >> 20);
-            tracing::info!("layer cache: {count} images of {freed} MiB removed, {kept} MiB kept (rootfs.cache_mib)");
+    let work = move || {
+        // This thread's alone: the guest is booting meanwhile.
+        let _ = rustix::process::setpriority_process(None, 19);
+        // Held until the end: else a small limit would take them again before anybody has used them.
+        let complete = cache.complete(&indexed).map_err(|e| tracing::warn!("convert layers: {}", crate::chain(&e)));
+        match cache.gc(if limit_mib == 0 { u64::MAX } else { limit_mib << 20 }) {
+            Ok(done) if done.removed.is_empty() => {}
+            Ok(done) => {
+                let (count, freed, kept) = (done.removed.len(), done.freed >> 20, done.kept >> 20);
+                tracing::info!(
+                    "layer cache: {count} images of {freed} MiB removed, {kept} MiB kept (rootfs.cache_mib)"
+                );
+            }
+            Err(e) => tracing::warn!("collect layers: {}", crate::chain(&e)),
         }
-        Err(e) => tracing::warn!("collect layers: {}", crate::chain(&e)),
+        drop(complete);
     };
     if let Err(e) = std::thread::Builder::new().name("layers".into()).spawn(work) {
-        tracing::warn!("collect layers: start a thread: {e}");
+        tracing::warn!("convert and collect layers: start a thread: {e}");
     }
 }

@@ -149,6 +149,7 @@ impl Host {
         chown(&disk, Some(uid), Some(uid)).map_err(io_error("give away", &disk))?;
         let share = self.dirs.volumes();
         volumes::prepare(&share)?;
+        volumes::prepare(&self.dirs.data())?;
         for volume in first {
             volumes::bind(&share, volume)?;
         }
@@ -178,8 +179,10 @@ impl Host {
         if let Some(Err(e)) = self.netns.get().map(|netns| network::detach(netns, &self.label)) {
             tracing::error!("{}", crate::chain(&e));
         }
-        if let Err(e) = volumes::destroy(&self.dirs.volumes()) {
-            tracing::error!("{}", crate::chain(&e));
+        for share in [self.dirs.volumes(), self.dirs.data()] {
+            if let Err(e) = volumes::destroy(&share) {
+                tracing::error!("{}", crate::chain(&e));
+            }
         }
         cgroup::remove(&self.cgroups);
         if let Err(e) = self.dirs.remove() {
