@@ -159,6 +159,23 @@ impl Node {
         container
     }
 
+    /// A pod: its sandbox, and a container that waits of each image, as CRI would make them.
+    pub fn pod(&self, images: &[&str]) -> Vec<Container<'_>> {
+        let sandbox = self.fresh_id();
+        let containers = images.iter().map(|image| ("container", *image));
+        let made = std::iter::once(("sandbox", BUSYBOX)).chain(containers).map(|(kind, image)| {
+            let annotations = [("container-type", kind), ("sandbox-id", &sandbox)];
+            let annotations = annotations.map(|(name, value)| format!("io.kubernetes.cri.{name}={value}"));
+            let flags: Vec<&str> = annotations.iter().flat_map(|pair| ["--annotation", pair]).collect();
+            let id = if kind == "sandbox" { sandbox.clone() } else { self.fresh_id() };
+            let container = Container { node: self, id };
+            let flags = [&["--detach"], &flags[..]].concat();
+            self.run_as(&container.id, &flags, image, &["sleep", "1000000"]).within(patience() * 2).ok();
+            container
+        });
+        made.collect()
+    }
+
     /// A container without a task, made by `ctr containers create`.
     pub fn created(&self, flags: &[&str], image: &str, command: &[&str]) -> Container<'_> {
         let id = self.fresh_id();
@@ -264,9 +281,9 @@ impl Node {
         Configured(self)
     }
 
-    /// Gives nacelle another directory for layers and writable disks, for as long as the value lives.
-    pub fn configure_data_dir(&self, dir: &Path) -> Configured<'_> {
-        self.write_configuration(dir, "");
+    /// Gives nacelle another directory for layers and writable disks, and adds lines, for as long as the value lives.
+    pub fn configure_data_dir(&self, dir: &Path, lines: &str) -> Configured<'_> {
+        self.write_configuration(dir, lines);
         Configured(self)
     }
 

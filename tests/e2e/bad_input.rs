@@ -197,7 +197,7 @@ fn cached(data: &Path) -> Vec<(PathBuf, String)> {
 fn a_corrupt_cached_layer(node: &Node) {
     // A cache of its own: the others' machines have their layers open.
     let dir = node.path("own");
-    let configured = node.configure_data_dir(&dir);
+    let configured = node.configure_data_dir(&dir, "");
     works(node);
     let before = cached(&dir);
     assert!(!before.is_empty(), "the cache is empty");
@@ -227,7 +227,7 @@ fn a_full_disk_while_converting(node: &Node) {
     let options = |size: &str| format!("size={size}");
     Cmd::new("mount").args(["-t", "tmpfs", "-o", &options("512k"), "tmpfs"]).args([&dir]).ok();
     let unmount = Unmount(dir.clone());
-    let configured = node.configure_data_dir(&dir);
+    let configured = node.configure_data_dir(&dir, "");
     refused(node, &["No space left on device"]);
     let layers = fs::read_dir(dir.join("layers/erofs-v1")).into_iter().flatten().flatten();
     let left: Vec<_> = layers.map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e != "lock")).collect();

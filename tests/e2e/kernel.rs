@@ -17,6 +17,7 @@ const NOT_OTHERS: &str = "it is about nacelle's guest kernel";
 pub const CASES: &[Case] = &[
     Case::only_nacelle("is_told", is_told, NOT_OTHERS),
     Case::only_nacelle("quota_limits_one_container", quota_limits_one_container, NOT_OTHERS),
+    Case::only_nacelle("quota_spares_the_neighbour", quota_spares_the_neighbour, NOT_OTHERS),
     Case::only_nacelle("quota_by_annotation", quota_by_annotation, NOT_OTHERS),
     Case::only_nacelle("pressure", pressure, NOT_OTHERS),
     Case::only_nacelle("iptables_legacy", iptables_legacy, NOT_OTHERS),
@@ -103,6 +104,21 @@ fn fill(node: &Node, flags: &[&str], mib: u32) {
 fn quota_limits_one_container(node: &Node) {
     let _limited = node.configure("rootfs.container_mib = 32");
     fill(node, &[], 32);
+}
+
+fn quota_spares_the_neighbour(node: &Node) {
+    if !has(node, "quota") {
+        return;
+    }
+    let configured = node.configure("rootfs.container_mib = 32\nrootfs.upper_mib = 128\n");
+    let pod = node.pod(&[BUSYBOX, BUSYBOX]);
+    let [_, full, neighbour] = &pod[..] else { panic!("a sandbox and two containers") };
+    let filled = full.exec(&[], &["dd", "if=/dev/zero", "of=/filler", "bs=1M", "count=100"]).run();
+    filled.expect_failure(&["quota exceeded"]);
+    // What the one may not have, the other still can.
+    assert_eq!(neighbour.sh("dd if=/dev/zero of=/file bs=1M count=24 2>/dev/null; stat -c %s /file"), "25165824");
+    pod.into_iter().rev().for_each(Container::remove);
+    drop(configured);
 }
 
 fn quota_by_annotation(node: &Node) {

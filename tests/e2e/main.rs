@@ -19,6 +19,7 @@ mod hooks;
 mod hostile;
 mod jail;
 mod kernel;
+mod layers;
 mod lifecycle;
 mod load;
 mod network;
@@ -77,6 +78,7 @@ const THEMES: &[(&str, Beside, &[Case])] = &[
     ("rootfs", Beside::Each, rootfs::CASES),
     ("files", Beside::Each, files::CASES),
     ("rootfs", Beside::Only("1.7"), rootfs::PACKAGES),
+    ("layers", Beside::Only("2.1"), layers::CASES),
     ("events", Beside::Each, events::CASES),
     ("hooks", Beside::Each, hooks::CASES),
     ("contract", Beside::Each, contract::CASES),
