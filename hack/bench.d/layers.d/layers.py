@@ -34,7 +34,7 @@ def main():
                     values.append((first, f"nacelle: {layers} layers", nacelle.run().first))
                     nacelle.pod("pod")
                     found = nacelle.phases()
-                    values += [(phases, f"{layers} layers: {name}", found[name][1]) for name in ("layers", "create pod")]
+                    values += [(phases, f"{layers} layers: {name}", found[name][1]) for name in ("layers", "create pod-main")]
                     values.append((more, f"nacelle: {layers} layers", nacelle.second("pod").first))
                     nacelle.end("pod")
                     break
