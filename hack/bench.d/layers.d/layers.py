@@ -1,5 +1,8 @@
 #!/usr/bin/python3
-"""Measures inside the testbed, beside a containerd: layers.py [--repeat N]. All numbers are Mi, as in `bench boot`."""
+"""Measures inside the testbed, beside a containerd: layers.py [--repeat N] [--layers N…]. All numbers are Mi, as in `bench boot`.
+
+Each round is told on standard error as it ends: a machine that runs out of time has not run for nothing.
+"""
 
 import argparse
 import os
@@ -18,15 +21,17 @@ IMAGES = {1: "busybox", 30: "layers-30", 100: "layers-100"}
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeat", type=int, default=3)
-    repeat = parser.parse_args().repeat
-    for image in IMAGES.values():
+    parser.add_argument("--layers", type=int, nargs="+", choices=IMAGES, default=list(IMAGES))
+    arguments = parser.parse_args()
+    images = {layers: IMAGES[layers] for layers in arguments.layers}
+    for image in images.values():
         subprocess.run(["ctr", "image", "import", f"{PAYLOAD}/{image}.tar"], check=True, stdout=subprocess.DEVNULL)
     runc, nacelle = Containerd("io.containerd.runc.v2"), Nacelle(memory_mib=256)
     first = Table("B12  a container from cached layers: client → first byte of /bin/echo", "nacelle: 1 layers")
     more = Table("     one more container of the image in a pod that runs: ctr → first byte", "nacelle: 1 layers")
     phases = Table("     nacelle, the pod's start: duration of a phase")
-    for number in range(-1, repeat):
-        for layers, image in IMAGES.items():
+    for number in range(-1, arguments.repeat):
+        for layers, image in images.items():
             peers.IMAGE = f"nacelle.test/{image}:latest"
             for chance in range(3):
                 try:
@@ -43,6 +48,8 @@ def main():
                     nacelle.clear()
             else:
                 sys.exit("given up after 3 failures")
+            told = ", ".join(f"{row} {value:.1f}" for _, row, value in values)
+            print(f"round {number}: {told}", file=sys.stderr, flush=True)
             if number >= 0:
                 for table, row, value in values:
                     table.add(row, value)
