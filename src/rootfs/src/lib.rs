@@ -13,6 +13,8 @@
 //!
 //!  tar archive of an upper ──changes::Snapshot──► the directory that a container's snapshot has for what it writes
 //!
+//!  image ──verity::append──► the same, and behind it the tree of its digests
+//!
 //!  a static program ──program::image──► the root of the machine that runs it
 //! ```
 //!
@@ -34,6 +36,7 @@ pub mod stack;
 pub mod tar;
 pub mod tree;
 pub mod upper;
+pub mod verity;
 
 pub use cache::{Cache, CacheError, Layer, Outcome};
 pub use plan::{Lower, Mount, PlanError, RootfsPlan};

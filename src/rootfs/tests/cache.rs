@@ -104,6 +104,32 @@ fn a_hundred_layers() {
     assert_eq!(shop.cache.ls().unwrap().len(), 100);
 }
 
+/// Who asks for trees of digests gets them, whoever has made the image before; who does not is served by the same image.
+#[test]
+fn images_have_trees_for_those_who_ask() {
+    let shop = Shop::new();
+    let snapshot = shop.snapshot("s");
+    assert_eq!(shop.acquire_one(&snapshot).verity, None);
+    let verifying = Cache::open(&shop.path("root"), Limits::default()).unwrap().with_verity(true);
+    let acquire = |lower| {
+        let plan = RootfsPlan { lowers: vec![lower], read_only: false };
+        verifying.acquire_all(&plan, &shop.path("scratch"), 1).unwrap().remove(0)
+    };
+    for outcome in [Outcome::Rebuilt, Outcome::Hit] {
+        let layer = acquire(Lower::Snapshot(snapshot.clone()));
+        assert_eq!(layer.outcome, outcome);
+        let blocks = layer.verity.clone().unwrap().blocks;
+        assert_eq!(layer.size, (blocks + 1) * 4096, "one block is enough for the digests of 128");
+        assert_sound(&layer.path);
+    }
+    let layer = shop.acquire_one(&snapshot);
+    assert_eq!(layer.outcome, Outcome::Hit);
+    assert_same(&survey(&snapshot), &survey(&mount_erofs(&layer.path, &shop.path("mounted"))));
+    assert!(shop.cache.verify().unwrap().iter().all(|verdict| verdict.problem.is_none()));
+    let ephemeral = acquire(Lower::Writable(snapshot));
+    assert_eq!((ephemeral.outcome, ephemeral.verity.is_some()), (Outcome::Ephemeral, true));
+}
+
 /// A snapshotter removes a directory and uses its path again: another key, another image.
 #[test]
 fn a_reused_snapshot_directory_is_another_layer() {

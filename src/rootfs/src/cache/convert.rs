@@ -17,30 +17,36 @@ use crate::layer;
 use crate::tar::{self, DiffId, Hashing, TarError};
 use crate::tree::Tree;
 
-/// The image that has been written for its one user since `start`.
-pub(super) fn ephemeral_layer(image: &Path, size: u64, opaque: bool, start: Instant) -> Result<Layer, CacheError> {
-    let key = key_of(image).map_err(failed("read back image", image))?;
-    let file = reopen(image)?;
-    Ok(Layer {
-        path: image.into(),
-        key,
-        size,
-        outcome: Outcome::Ephemeral,
-        took: start.elapsed(),
-        devices: Vec::new(),
-        data: Vec::new(),
-        file,
-        opaque,
-    })
-}
-
 impl Cache {
+    /// The image that has been written for its one user since `start`.
+    pub(super) fn ephemeral_layer(&self, image: &Path, opaque: bool, start: Instant) -> Result<Layer, CacheError> {
+        let writable = |image| OpenOptions::new().read(true).write(true).open(image);
+        let verity = match self.verity {
+            true => writable(image).and_then(|file| self.seal(&file, 0)).map_err(failed("seal image", image))?.0,
+            false => None,
+        };
+        let key = key_of(image).map_err(failed("read back image", image))?;
+        let file = reopen(image)?;
+        Ok(Layer {
+            path: image.into(),
+            key,
+            size: file.metadata().map_err(failed("read back image", image))?.len(),
+            outcome: Outcome::Ephemeral,
+            took: start.elapsed(),
+            devices: Vec::new(),
+            data: Vec::new(),
+            verity,
+            file,
+            opaque,
+        })
+    }
+
     /// Converts a directory that may change, for its one user.
     pub(super) fn ephemeral(&self, dir: &Path, image: &Path) -> Result<Layer, CacheError> {
         let start = Instant::now();
         let temporary = Temporary(Some(image));
-        let (_, written, opaque) = self.convert(dir, image)?;
-        let layer = ephemeral_layer(image, written.size, opaque, start)?;
+        let (_, _, opaque) = self.convert(dir, image)?;
+        let layer = self.ephemeral_layer(image, opaque, start)?;
         temporary.keep();
         Ok(layer)
     }
@@ -152,6 +158,7 @@ fn opened(path: &Path, image: bool) -> Result<(Layer, usize), CacheError> {
         took: start.elapsed(),
         devices: Vec::new(),
         data: Vec::new(),
+        verity: None,
         file,
         opaque: false,
     };

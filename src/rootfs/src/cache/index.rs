@@ -8,7 +8,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::convert::{Temporary, create, ephemeral_layer, protect};
+use super::convert::{Temporary, create, protect};
 use super::{Cache, CacheError, Layer, Outcome};
 use crate::erofs::writer::Plan;
 use crate::layer::{self, refer::refer};
@@ -45,9 +45,9 @@ impl Cache {
         let plan = Plan::new(&tree).map_err(failed)?;
         let temporary = Temporary(Some(image));
         let file = create(image)?;
-        let written = plan.write(&file).map_err(failed)?;
+        plan.write(&file).map_err(failed)?;
         protect(&file, image)?;
-        let layer = ephemeral_layer(image, written.size, tree.inodes[Tree::ROOT].is_opaque(), start)?;
+        let layer = self.ephemeral_layer(image, tree.inodes[Tree::ROOT].is_opaque(), start)?;
         temporary.keep();
         Ok(Layer { outcome: Outcome::Indexed, data: vec![dir.into()], ..layer })
     }

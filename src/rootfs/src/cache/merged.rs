@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Instant;
 
-use super::convert::{create, ephemeral_layer, protect};
+use super::convert::{create, protect};
 use super::sidecar::key_of_merged;
 use super::{Cache, CacheError, Layer, Outcome};
 use crate::erofs::reader::{Image, ReadAt};
@@ -32,8 +32,8 @@ impl Cache {
         let data: Vec<_> = layers.iter().rev().flat_map(|layer| layer.data.clone()).collect();
         if !data.is_empty() {
             let (start, image) = (Instant::now(), scratch.join("merged.erofs"));
-            let (_, written, opaque) = write_merged(&layers, &image)?;
-            let merged = ephemeral_layer(&image, written.size, opaque, start)?;
+            let (_, _, opaque) = write_merged(&layers, &image)?;
+            let merged = self.ephemeral_layer(&image, opaque, start)?;
             return Ok(std::iter::once(Layer { devices: layers, data, ..merged }).chain(above).collect());
         }
         let key = key_of_merged(layers.iter().map(|layer| layer.key.as_str()));

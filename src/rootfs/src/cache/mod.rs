@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  <root>/layers/erofs-v1/          mode 0700: images hold files that users of the node must not read
-//!      <key>.erofs                  the image, mode 0444, immutable; linked into each pod that uses it
+//!      <key>.erofs                  the image, mode 0444, immutable; linked into each pod that uses it; with a tree of
+//!                                   digests behind it where that is asked for ([`crate::verity`])
 //!      <key>.json                   sidecar: source, checksum, stamp; its modification time is the last use
 //!      <key>.lock                   held while the image is built, checked in full or collected
 //!      <key>.tmp                    an image being built; whoever gets the lock may remove it
@@ -51,6 +52,7 @@ use crate::patch::PatchError;
 use crate::plan::{Lower, RootfsPlan};
 use crate::tar::{DiffId, TarError};
 use crate::tree::Tree;
+use crate::verity::{self, Verity};
 use convert::{Temporary, ready};
 use sidecar::{Sidecar, Stamp, key_of, key_of_archive};
 
@@ -176,6 +178,8 @@ pub struct Layer {
     pub devices: Vec<Layer>,
     /// Directories that hold file data of it, found there by path; what is in the first counts.
     pub data: Vec<PathBuf>,
+    /// What it can be checked against as it is read; images of others cannot.
+    pub verity: Option<Verity>,
     file: File,
     opaque: bool,
 }
@@ -188,6 +192,7 @@ const WRITTEN: &str = "the snapshotter has made this disk, and its files cannot 
 pub struct Cache {
     dir: PathBuf,
     limits: Limits,
+    verity: bool,
 }
 
 impl Cache {
@@ -197,9 +202,14 @@ impl Cache {
         let dir = layers.join("erofs-v1");
         fs::create_dir_all(root).map_err(failed("create directory", root))?;
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(failed("create directory", &dir))?;
-        let cache = Cache { dir, limits };
+        let cache = Cache { dir, limits, verity: false };
         cache.remove_leftovers()?;
         Ok(cache)
+    }
+
+    /// From now on every image that it makes or finds has a tree of digests; one that has none is made again.
+    pub fn with_verity(self, verity: bool) -> Cache {
+        Cache { verity, ..self }
     }
 
     /// Gives the plan's layers, bottom first, converting what is missing on up to `threads` threads. Writable lowers are
@@ -316,7 +326,8 @@ impl Cache {
         let (sidecar, touch) = Sidecar::read(&self.file(key, "json")).ok()?;
         let path = self.file(key, "erofs");
         let file = File::open(&path).ok()?;
-        if !lock::share(&file, wait).ok()? || Stamp::of(&file).ok()? != sidecar.stamp {
+        let lacking = self.verity && sidecar.verity.is_none();
+        if lacking || !lock::share(&file, wait).ok()? || Stamp::of(&file).ok()? != sidecar.stamp {
             return None;
         }
         // Only the order of collection depends on it.
@@ -329,6 +340,7 @@ impl Cache {
             took: start.elapsed(),
             devices: Vec::new(),
             data: Vec::new(),
+            verity: sidecar.verity,
             file,
             opaque: sidecar.opaque,
         })
@@ -405,14 +417,14 @@ impl Cache {
         let temp = self.file(key, "tmp");
         let temporary = Temporary(Some(&temp));
         let (image, written, opaque) = make(&temp)?;
+        // What goes into the cache passes through this process, and so has one.
+        let whole = written.checksum.map_or_else(|| checksum(&image), Ok).map_err(failed("read back image", &temp))?;
+        let (verity, checksum) = self.seal(&image, whole).map_err(failed("seal image", &temp))?;
         image.sync_all().map_err(failed("sync image", &temp))?;
         let sidecar = Sidecar {
             source,
-            // What goes into the cache passes through this process, and so has one.
-            checksum: written
-                .checksum
-                .map_or_else(|| checksum(&image), Ok)
-                .map_err(failed("read back image", &temp))?,
+            checksum,
+            verity,
             inodes: written.inodes,
             opaque,
             stamp: Stamp::of(&image).map_err(failed("read back image", &temp))?,
@@ -423,6 +435,14 @@ impl Cache {
         fs::rename(&temp, &path).map_err(failed("publish image", &path))?;
         temporary.keep();
         Ok(())
+    }
+
+    /// Puts a tree of digests behind an image, if there is to be one; returns also the checksum of what the file is then.
+    fn seal(&self, image: &File, checksum: u32) -> io::Result<(Option<Verity>, u32)> {
+        if !self.verity {
+            return Ok((None, checksum));
+        }
+        verity::append(image, checksum).map(|(verity, checksum)| (Some(verity), checksum))
     }
 
     fn file(&self, key: &str, extension: &str) -> PathBuf {

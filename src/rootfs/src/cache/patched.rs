@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Instant;
 
-use super::convert::{Temporary, ephemeral_layer};
+use super::convert::Temporary;
 use super::{Cache, CacheError, Layer, failed};
 use crate::patch::{self, LowerImage, Patch, PatchError, Sources};
 
@@ -25,10 +25,12 @@ impl Cache {
             Ok(LowerImage { name: layer.key.clone(), file: layer.file.try_clone().map_err(failed)? })
         };
         let lowers = layers.iter().map(open).collect::<Result<Vec<_>, PatchError>>()?;
-        let Some(written) = patch::build(patches, &lowers, sources, &self.limits, image)? else { return Ok(None) };
+        if patch::build(patches, &lowers, sources, &self.limits, image)?.is_none() {
+            return Ok(None);
+        }
         let temporary = Temporary(Some(image));
         fs::set_permissions(image, fs::Permissions::from_mode(0o444)).map_err(failed("protect image", image))?;
-        let layer = ephemeral_layer(image, written.size, false, start)?;
+        let layer = self.ephemeral_layer(image, false, start)?;
         temporary.keep();
         Ok(Some(layer))
     }

@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use crate::erofs::format::{BLOCK, SUPER_OFFSET};
 use crate::erofs::writer;
 use crate::tar::DiffId;
+use crate::verity::Verity;
 
 /// Largest sidecar that is read: a path and a few numbers.
 const MAX: u64 = 64 << 10;
@@ -22,9 +23,12 @@ const MAX: u64 = 64 << 10;
 pub struct Sidecar {
     /// Directory that it was made from, or diffID of an archive; for people.
     pub source: String,
-    /// CRC-32C of the whole image. It tells damage from mere copying; against whoever can write here, no digest beside the image
+    /// CRC-32C of the whole image, the tree behind it included. It tells damage from mere copying; against whoever can write here, no digest beside the image
     /// would help, and SHA-256 costs as much CPU as all the rest of a conversion.
     pub checksum: u32,
+    /// The tree of digests behind it, if it has one.
+    #[serde(default)]
+    pub verity: Option<Verity>,
     /// Inodes in the image.
     pub inodes: u64,
     /// The root directory is opaque: layers below do not count.
