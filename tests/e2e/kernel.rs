@@ -1,17 +1,21 @@
 //! What the guest's kernel makes possible, in running containers. With a kernel that lacks a feature, nacelle must say so:
 //! `NACELLE_KERNEL` (`own` or `libkrunfw`) is the one under test.
 
+use std::{fs, os::unix::fs::FileExt, path::Path};
+
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use nacelle_tests::{
     command::patience,
     grpc::{self, Message},
-    node::{BUSYBOX, Container, Node},
+    node::{BUSYBOX, Configured, Container, Node},
 };
 use protobuf::Message as _;
 use serde_json::Value;
 
 use crate::Case;
 
+/// Bytes of a block of an image.
+const BLOCK: usize = 4096;
 const NOT_OTHERS: &str = "it is about nacelle's guest kernel";
 
 pub const CASES: &[Case] = &[
@@ -24,6 +28,8 @@ pub const CASES: &[Case] = &[
     Case::only_nacelle("iptables_nft", iptables_nft, NOT_OTHERS),
     Case::only_nacelle("nft", nft, NOT_OTHERS),
     Case::only_nacelle("acl_of_an_image", acl_of_an_image, NOT_OTHERS),
+    Case::only_nacelle("verified_layers", verified_layers, NOT_OTHERS),
+    Case::only_nacelle("damage_of_a_verified_layer", damage_of_a_verified_layer, NOT_OTHERS),
     Case::only_nacelle("landlock", landlock, NOT_OTHERS),
     Case::only_nacelle("seccomp", seccomp, NOT_OTHERS),
     Case::only_nacelle("swap_is_off_and_possible", swap_is_off_and_possible, NOT_OTHERS),
@@ -212,6 +218,81 @@ fn acl_of_an_image(node: &Node) {
     assert!(text.contains("/acl/file: Permission denied"), "{text}");
     // What is made in the upper inherits from what came with the image.
     assert!(lines.last().is_some_and(|line| line.starts_with("user:1000:rw")), "{text}");
+}
+
+/// Layers of pods, from here on; `None` where the kernel cannot check them, which must be said.
+fn verified(node: &Node) -> Option<Configured<'_>> {
+    let able = has(node, "verity");
+    let verified = node.configure("rootfs.verity = \"on\"");
+    if able {
+        return Some(verified);
+    }
+    let refused = node.run(&["--rm"], BUSYBOX, &["true"]).run();
+    assert_ne!(refused.code, 0, "{refused}");
+    refused.expect_failure(&["the guest's kernel lacks verity"]);
+    None
+}
+
+fn verified_layers(node: &Node) {
+    let Some(verified) = verified(node) else { return };
+    let c = node.detached(&[], BUSYBOX, &["sleep", "1000"]);
+    assert_eq!(c.sh("echo whole > /new; cat /new; ls -d /sys/block/dm-*/dm | wc -l"), "whole\n1");
+    assert_eq!(status(node, c.id())["damage"], serde_json::json!([]));
+    c.remove();
+    // One image over two others, each of which is checked.
+    let tools = node.image("debian-tools");
+    let c = node.detached(&[], &tools, &["sleep", "1000"]);
+    let first = c.sh(&format!("cat /acl/file; ls -d /sys/block/dm-*/dm | wc -l; sha256sum < {TEXT}"));
+    assert!(first.starts_with("for user 1000\n3\n"), "{first}");
+    c.remove();
+    drop(verified);
+    let script = format!("cat /acl/file; ls -d /sys/block/dm-*/dm 2>/dev/null | wc -l; sha256sum < {TEXT}");
+    let second = node.run(&["--rm"], &tools, &["sh", "-c", &script]).within(patience() * 3).ok().text();
+    assert_eq!(second, first.replace("\n3\n", "\n0\n"));
+}
+
+/// A file of debian-tools that no program reads by itself, and how it alone begins.
+const TEXT: &str = "/usr/share/common-licenses/GPL-3";
+const BEGINNING: &[u8] =
+    b"                    GNU GENERAL PUBLIC LICENSE\n                       Version 3, 29 June 2007";
+
+/// A byte changes on the host's disk while a pod runs.
+fn damage_of_a_verified_layer(node: &Node) {
+    let Some(verified) = verified(node) else { return };
+    let image = node.image("debian-tools");
+    let c = node.detached(&[], &image, &["sleep", "1000"]);
+    flip(&node.path("nacelle/pods/default").join(c.id()).join("layers"), BEGINNING);
+    let read = c.exec(&[], &["cat", TEXT]).run();
+    assert_ne!(read.code, 0, "{read}");
+    let read = read.expect_failure(&["Input/output error"]);
+    assert!(!read.text().contains("GENERAL PUBLIC"), "{read}");
+    assert_eq!(c.sh("cat /acl/file"), "for user 1000", "all the rest can be read");
+    let told = nacelle_tests::command::within(patience(), "the damage in the status", || {
+        status(node, c.id())["damage"].as_array().filter(|damage| !damage.is_empty()).cloned()
+    });
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(told[0].as_str().is_some_and(|words| words.contains("differs from what was converted")), "{told:?}");
+    c.remove();
+    drop(verified);
+    // The cache has seen it, too: the image is made again.
+    let read = node.run(&["--rm"], &image, &["grep", "-c", "GNU GENERAL PUBLIC LICENSE$", TEXT]);
+    assert_eq!(read.within(patience() * 3).ok().text(), "1");
+}
+
+/// Changes the first byte of a file that begins so, in the one image that has it.
+fn flip(layers: &Path, beginning: &[u8]) {
+    let mut flipped = 0;
+    for entry in fs::read_dir(layers).expect("the pod's layers") {
+        let path = entry.expect("an entry").path();
+        let bytes = fs::read(&path).expect("an image");
+        // Files of more than a block begin at one.
+        if let Some(block) = bytes.chunks(BLOCK).position(|block| block.starts_with(beginning)) {
+            let file = fs::OpenOptions::new().write(true).open(&path).expect("an image");
+            file.write_all_at(&[beginning[0] ^ 1], (block * BLOCK) as u64).expect("a changed byte");
+            flipped += 1;
+        }
+    }
+    assert_eq!(flipped, 1, "images with the file");
 }
 
 fn landlock(node: &Node) {

@@ -10,8 +10,9 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use nacelle_protocol::agent::{CONTAINERS_DIR, Container as Config, Lower, Mirror, Rootfs};
+use nacelle_protocol::agent::{CONTAINERS_DIR, Container as Config, Damage, Lower, Mirror, Rootfs, event::What};
 use nacelle_protocol::features;
 use nacelle_protocol::ids::ContainerId;
 use tokio::sync::oneshot;
@@ -29,6 +30,7 @@ use crate::spec::{self, Joined, Plan};
 use crate::stdio::{self, Names};
 use crate::task::{Container, Phase, Process};
 use crate::users::PodUsers;
+use crate::verity;
 
 /// A container's own directory: config.json, libcontainer's state, the mount point of the root.
 pub fn directory(id: &str) -> PathBuf {
@@ -98,6 +100,22 @@ impl Guest {
         Ok(Limit { device, project, bytes })
     }
 
+    /// From now on what is damaged in verified layers is told.
+    fn watch_layers(self: &Arc<Self>, id: &str) -> Result<(), GuestError> {
+        if !verity::supported() {
+            return Err(GuestError::Lacking(format!("verify the layers of {}", label(id, "")), features::VERITY));
+        }
+        if self.layers_watched.swap(true, Ordering::Relaxed) {
+            return Ok(());
+        }
+        let damage =
+            verity::Watch::new().map_err(|error| GuestError::System("listen for damage of layers".into(), error))?;
+        let guest = self.clone();
+        let tell = move |image, block| guest.events.push(What::Damage(Damage { image, block, ..Default::default() }));
+        drop(tokio::spawn(damage.run(tell)));
+        Ok(())
+    }
+
     fn reserve(&self, id: &str) -> Result<(), GuestError> {
         let mut table = self.table();
         if table.contains_key(id) {
@@ -129,6 +147,9 @@ impl Guest {
             _ => None,
         };
         let limit = rootfs.upper_bytes.map(|bytes| self.upper_limit(id, bytes)).transpose()?;
+        if lowers.iter().any(|lower| !lower.verity.is_empty()) {
+            self.watch_layers(id)?;
+        }
         // The host is dialled while the file systems are mounted.
         let mounting = {
             let (table, id, lowers) = (self.lowers.clone(), id.to_owned(), lowers.clone());

@@ -13,6 +13,8 @@ use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
 
+use crate::verity;
+
 /// The word on the command line by which libkrun asks the kernel to let the VMM make its sockets.
 const HIJACK: &str = "tsi_hijack";
 
@@ -26,7 +28,7 @@ pub fn found(clock: bool) -> Vec<String> {
         (features::NFTABLES, nftables()),
         (features::IPTABLES_LEGACY, there("/proc/net/ip_tables_names")),
         (features::LANDLOCK, security_modules().is_ok_and(|list| has_word(&list, ',', "landlock"))),
-        (features::VERITY, there("/sys/module/dm_verity")),
+        (features::VERITY, verity::supported()),
         (features::SWAP, there("/proc/swaps")),
         (features::CLOCK, clock),
         (features::HOST_NETWORK, lends_host_network()),

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use nacelle_protocol::agent::{Exit, Oom, Users, event::What};
@@ -92,6 +93,8 @@ pub struct Guest {
     pub lowers: Arc<Lowers>,
     /// The disk with the uppers, if containers can be limited on it.
     pub limited_disk: OnceLock<PathBuf>,
+    /// Damage of layers is told.
+    pub layers_watched: AtomicBool,
     /// The CPUs beside the first.
     pub cpus: Arc<Cpus>,
     /// The guest is to end.
@@ -114,6 +117,7 @@ impl Guest {
             events: EventLog::default(),
             lowers: Arc::default(),
             limited_disk: OnceLock::new(),
+            layers_watched: AtomicBool::new(false),
             cpus: Arc::default(),
             shutdown: Notify::new(),
             pod_pids: tokio::sync::OnceCell::new(),

@@ -7,7 +7,7 @@
 //!                          ├ guest ── create, exec, control    what containerd's Task service asks for
 //!                          │    ├ task      one container and its processes: pure state
 //!                          │    ├ spec      what libcontainer gets to see of an OCI configuration
-//!                          │    ├ mount     lowers (EROFS) and the overlay over them
+//!                          │    ├ mount     lowers (EROFS) and the overlay over them; verity checks lowers as they are read
 //!                          │    ├ export    what a container has written, to the host
 //!                          │    ├ mirror    copies of volumes whose changes a watcher must hear of
 //!                          │    ├ cgroup, limits, stats
@@ -59,3 +59,4 @@ pub mod stdio;
 pub mod task;
 pub mod terminal;
 pub mod users;
+pub mod verity;

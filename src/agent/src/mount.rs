@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  /run/nacelle/layers/<name>  ──erofs, straight on the file──► /run/nacelle/lowers/<n>    once, however many use it
+//!                          └── dm-verity ──erofs──►
 //!                                                                     │ lowerdir+ (topmost first)
 //!  /run/nacelle/upper/<id>/{upper,work} ──────────────────────────────┤
 //!                                                                     ▼
@@ -24,7 +25,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use nacelle_protocol::agent::{CONTAINERS_DIR, DATA_DIR, LAYERS_DIR, Lower, UPPER_DIR};
+use nacelle_protocol::agent::{CONTAINERS_DIR, DATA_DIR, LAYERS_DIR, Lower, UPPER_DIR, Verity};
 use rustix::fs::CWD;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
@@ -34,6 +35,7 @@ use thiserror::Error;
 
 use crate::quota::{self, Limit};
 use crate::users;
+use crate::verity;
 
 /// Mount points of the lowers.
 const LOWERS_DIR: &str = "/run/nacelle/lowers";
@@ -103,6 +105,7 @@ impl Lowers {
         let devices = lower.devices.iter().map(|name| share_file(name)).collect::<Result<Vec<_>, _>>()?;
         let directory = |name: &String| Ok(Path::new(LAYERS_DIR).join(DATA_DIR).join(file_name(name)?));
         let data = lower.data.iter().map(directory).collect::<Result<Vec<_>, MountError>>()?;
+        let files: Vec<PathBuf> = std::iter::once(file).chain(devices).collect();
         let mut table = self.lock();
         let key = (lower.name.clone(), users.is_some());
         if let Some((target, uses)) = table.mounted.get_mut(&key) {
@@ -112,11 +115,11 @@ impl Lowers {
         let target = Path::new(LOWERS_DIR).join(table.next.to_string());
         table.next += 1;
         fs::create_dir_all(&target).map_err(io_error("create", &target))?;
-        let mounted = mount_image(&file, &devices, &target, users);
+        let mounted = mount_image(&files, &lower.verity, &target, users);
         if let Err(source) = mounted.and_then(|()| if data.is_empty() { Ok(()) } else { add_data(&target, &data) }) {
             // Nothing is in it, and nobody has heard of it.
             let _ = fs::remove_dir(&target);
-            return Err(MountError::Mount { what: file.display().to_string(), target, source });
+            return Err(MountError::Mount { what: lower.name.clone(), target, source });
         }
         table.mounted.insert(key, (target.clone(), 1));
         Ok(target)
@@ -175,8 +178,20 @@ fn add_data(target: &Path, data: &[PathBuf]) -> io::Result<()> {
     Ok(move_mount(&overlay?, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
 }
 
-/// Mounts an image, its ids those of the user namespace `users`. No loop device: EROFS reads the files itself (Linux 6.12).
-fn mount_image(file: &Path, devices: &[PathBuf], target: &Path, users: Option<&File>) -> io::Result<()> {
+/// Mounts an image, the first of `files`, its ids those of the user namespace `users`; the others hold file data of it. With `trees`, one for each file, what is read is
+/// checked; without, there is no loop device: EROFS reads the files itself (Linux 6.12).
+fn mount_image(files: &[PathBuf], trees: &[Verity], target: &Path, users: Option<&File>) -> io::Result<()> {
+    if !trees.is_empty() {
+        if trees.len() != files.len() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "some of its files have no tree of digests"));
+        }
+        let verified = files.iter().zip(trees).map(|(file, tree)| verity::open(file, tree));
+        let verified = verified.collect::<io::Result<Vec<_>>>()?;
+        let paths: Vec<PathBuf> = verified.iter().map(verity::Device::path).collect();
+        // They stay for as long as the mount.
+        return mount_image(&paths, &[], target, users);
+    }
+    let (file, devices) = files.split_first().ok_or(io::ErrorKind::InvalidInput)?;
     if devices.is_empty() && users.is_none() {
         return Ok(mount(file, target, "erofs", MountFlags::RDONLY | MountFlags::NOATIME, None)?);
     }
@@ -377,7 +392,8 @@ mod tests {
     #[test]
     fn lowers_are_file_names() {
         let lowers = Lowers::default();
-        let lower = |name: &str| Lower { name: name.to_owned(), devices: Vec::new(), data: Vec::new() };
+        let lower =
+            |name: &str| Lower { name: name.to_owned(), devices: Vec::new(), data: Vec::new(), verity: Vec::new() };
         for bad in ["", ".", "..", "../x", "a/b", "a\0"] {
             assert!(matches!(lowers.acquire(&lower(bad), None), Err(MountError::Name(_))), "{bad:?}");
             let device = Lower { devices: vec!["good".to_owned(), bad.to_owned()], ..lower("good") };

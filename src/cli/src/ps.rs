@@ -74,6 +74,9 @@ fn details(s: &Status, out: &mut impl io::Write) -> io::Result<()> {
     for reason in &s.degraded {
         writeln!(out, "  degraded: {reason}")?;
     }
+    for what in &s.damage {
+        writeln!(out, "  damaged: {what}")?;
+    }
     Ok(())
 }
 
@@ -119,6 +122,7 @@ mod tests {
             memory_mib: 512,
             guest_kernel: "6.12.91".into(),
             kernel_features: vec!["swap".into()],
+            damage: vec!["layer image ab.erofs".into()],
             phases: vec![Phase { name: "boot".into(), at_us: 1000, took_us: 2000 }],
             layers: vec![LayerUse {
                 container: "c1".into(),
@@ -137,6 +141,7 @@ mod tests {
         let text = String::from_utf8(out).unwrap();
         assert!(text.contains("c1") && text.contains("512.0 MiB") && text.contains("3.0 ms"), "{text}");
         assert!(text.contains("reused") && text.contains("boot"), "{text}");
+        assert!(text.contains("damaged: layer image ab.erofs\n"), "{text}");
         assert!(text.contains("kernel has swap\n") && text.contains("kernel lacks quota: "), "{text}");
     }
 

@@ -120,4 +120,17 @@ pub struct Lower {
     /// Names in [`DATA_DIR`] of the directories that hold file data of it, found there by path; what is in the first counts.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub data: Vec<String>,
+    /// What these files are checked against as they are read: the image, then its devices. Empty: nothing is checked.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub verity: Vec<Verity>,
+}
+
+/// The tree of digests behind an image (dm-verity, version 1, SHA-256, blocks of 4096 bytes, no salt).
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Verity {
+    /// Blocks of the image, behind which the tree lies.
+    pub blocks: u64,
+    /// Digest of the tree's top block, 64 hexadecimal digits.
+    pub root: String,
 }

@@ -32,6 +32,9 @@ pub struct Status {
     pub kernel_features: Vec<String>,
     /// What the configuration allowed to be weaker than asked for, one sentence each.
     pub degraded: Vec<String>,
+    /// Images of layers that the guest has found to be damaged, one sentence each.
+    #[serde(default)]
+    pub damage: Vec<String>,
     /// How long each phase of the start took, in the order they began.
     pub phases: Vec<Phase>,
     /// The lowers of all containers, bottom first.

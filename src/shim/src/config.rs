@@ -140,6 +140,7 @@ struct RootfsTable {
     container_mib: u64,
     cache_mib: u64,
     index_mib: u64,
+    verity: Verity,
     patches: Option<PathBuf>,
     export: bool,
 }
@@ -152,6 +153,7 @@ impl Default for RootfsTable {
             container_mib: 0,
             cache_mib: 20 * 1024,
             index_mib: 64,
+            verity: Verity::Off,
             patches: None,
             export: true,
         }
@@ -206,6 +208,16 @@ impl Default for LogTable {
     }
 }
 
+/// Whether a guest checks its layers as it reads them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verity {
+    /// It trusts the host's disk.
+    Off,
+    /// What differs from what was converted cannot be read, and is told.
+    On,
+}
+
 /// What to do about a volume whose file system cannot map ids: its files keep the host's ids, among which the VMM is
 /// nobody, so the guest can do with them what others may, and no more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -258,6 +270,8 @@ pub struct Config {
     pub cache_mib: u64,
     /// A layer with so much in large files is used before it is converted; MiB, 0 for none.
     pub index_mib: u64,
+    /// Whether layers are checked as they are read.
+    pub verity: Verity,
     /// A list of patches for the root of every container.
     pub patches: Option<PathBuf>,
     /// What a container that is no pod's has written goes to its snapshot.
@@ -360,6 +374,7 @@ fn parse(text: &str, origin: &str) -> Result<Config, ConfigError> {
         container_mib: rootfs.container_mib,
         cache_mib: rootfs.cache_mib,
         index_mib: rootfs.index_mib,
+        verity: rootfs.verity,
         patches: rootfs.patches,
         export: rootfs.export,
         uid_base: jail.uid_base,

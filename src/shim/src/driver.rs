@@ -255,6 +255,11 @@ impl Driver {
                 self.exited(key, Exit { status, at_ns: now_ns() });
             }
             Next::Guest(GuestEvent::Oom(id)) => self.apply(Event::Oom(id)),
+            Next::Guest(GuestEvent::Damage(image, block)) => {
+                if let Some(pod) = &self.pod {
+                    pod.host.record.damage(&image, block);
+                }
+            }
             Next::GuestSilent => {
                 self.guest = None;
                 if let Some(pod) = &self.pod {

@@ -61,6 +61,8 @@ const MAX_EVENTS: usize = 4096;
 /// Events that may come at once, and how many a second from then on. A guest cannot start processes that fast.
 const EVENT_BURST: u32 = 8192;
 const EVENT_RATE: u32 = 1024;
+/// Longest name of an image, in bytes: a key and its extension.
+const MAX_IMAGE: usize = 80;
 /// Most features of a guest's kernel that are listened to.
 const MAX_FEATURES: usize = 64;
 /// Type of the metrics that are passed on: the guest has cgroup v2, whatever the host has.
@@ -114,6 +116,8 @@ pub enum GuestEvent {
     Exit(ProcessKey, u32),
     /// A container ran out of memory.
     Oom(ContainerId),
+    /// An image of the layers share differs from what was converted, in this block.
+    Damage(String, u64),
 }
 
 /// What the guest says of its kernel.
@@ -521,6 +525,11 @@ pub fn read_event(event: WireEvent) -> Option<GuestEvent> {
             Some(GuestEvent::Exit(ProcessKey { container, exec }, exit.status.min(255)))
         }
         What::Oom(oom) => Some(GuestEvent::Oom(ContainerId::new(oom.container_id).ok()?)),
+        What::Damage(damage) => {
+            let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'.';
+            let name = damage.image.len() <= MAX_IMAGE && damage.image.bytes().all(plain);
+            name.then_some(GuestEvent::Damage(damage.image, damage.block))
+        }
         _ => None,
     }
 }
@@ -550,7 +559,7 @@ async fn keep_time(agent: AgentClient) {
 
 #[cfg(test)]
 mod tests {
-    use nacelle_protocol::agent::{Exit, Oom};
+    use nacelle_protocol::agent::{Damage, Exit, Oom};
 
     use super::*;
 
@@ -571,6 +580,14 @@ mod tests {
         let oom = Oom { container_id: "c1".into(), ..Oom::default() };
         let oom = WireEvent { what: Some(What::Oom(oom)), ..WireEvent::default() };
         assert_eq!(read_event(oom), Some(GuestEvent::Oom(id("c1"))));
+        let damage = |image: &str| {
+            let damage = Damage { image: image.into(), block: 7, ..Damage::default() };
+            read_event(WireEvent { what: Some(What::Damage(damage)), ..WireEvent::default() })
+        };
+        let image = format!("{}.erofs", "0a".repeat(32));
+        assert_eq!(damage(&image), Some(GuestEvent::Damage(image.clone(), 7)));
+        assert_eq!(damage("../passwd"), None);
+        assert_eq!(damage(&image.repeat(2)), None);
     }
 
     #[test]

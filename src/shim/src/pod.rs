@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use nacelle_protocol::agent::{Lower, Users};
+use nacelle_protocol::agent::{Lower, Users, Verity};
 use nacelle_protocol::features;
 use nacelle_protocol::ids::SandboxId;
 use nacelle_protocol::vm::{Network, Nics};
@@ -39,7 +39,7 @@ use crate::arrivals;
 use crate::bundle::{Bundle, Role};
 use crate::cgroup::CgroupError;
 use crate::conduct::Conduct;
-use crate::config::{Config, Idmap, Origin, Programs};
+use crate::config::{self, Config, Idmap, Origin, Programs};
 use crate::guest::{Guest, GuestError, GuestEvent};
 use crate::hooks::{self, HookError};
 use crate::mirror::Mirrors;
@@ -201,12 +201,13 @@ pub fn link_layers(
     record: &Record,
 ) -> Result<Linked, PodError> {
     let begin = Instant::now();
-    let cache = Cache::open(&config.data_dir, Limits::default())?;
+    let verified = config.verity == config::Verity::On;
+    let cache = Cache::open(&config.data_dir, Limits::default())?.with_verity(verified);
     let scratch = dirs.scratch(container);
     std::fs::create_dir_all(&scratch).map_err(io_error("create", &scratch))?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    // Patches read the layers that they change.
-    let index = config.index_mib > 0 && patches.is_empty();
+    // Patches read the layers that they change; what is read in a snapshot cannot be verified.
+    let index = config.index_mib > 0 && patches.is_empty() && !verified;
     let missing = if index { Missing::Index(config.index_mib << 20) } else { Missing::Convert };
     let mut layers = cache.acquire(plan, &scratch, threads, missing)?;
     // What the container has written before, it has written over the patches.
@@ -226,13 +227,20 @@ pub fn link_layers(
         }
         Ok::<_, CacheError>(name)
     };
+    let tree = |layer: &Layer| {
+        let verity = layer.verity.clone()?;
+        Some(Verity { blocks: verity.blocks, root: verity.root })
+    };
     let mut data = Vec::new();
     let lower = |layer: &Layer| {
         let devices = layer.devices.iter().map(link).collect::<Result<_, _>>()?;
+        // The guest mounts files or block devices, and not one with the other.
+        let trees: Option<_> = std::iter::once(layer).chain(&layer.devices).map(tree).collect();
+        let verity = trees.filter(|_| verified).unwrap_or_default();
         let first = data.len();
         data.extend(layer.data.iter().zip(first..).map(|(dir, n)| (format!("{container}-{n}"), dir.clone())));
         let data = data[first..].iter().map(|(name, _)| name.clone()).collect();
-        Ok::<_, CacheError>(Lower { name: link(layer)?, devices, data })
+        Ok::<_, CacheError>(Lower { name: link(layer)?, devices, data, verity })
     };
     let lowers = layers.iter().map(lower).collect::<Result<_, _>>()?;
     record.phase("layers", begin);

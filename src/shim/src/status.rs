@@ -11,6 +11,9 @@ use nacelle_rootfs::{Layer, Outcome};
 
 use crate::state::Dirs;
 
+/// Most sentences about damage that are listened to; a guest has one for each image.
+const MAX_DAMAGE: usize = 256;
+
 /// The status of one sandbox, collected while it starts and while containers come and go.
 #[derive(Debug)]
 pub struct Record {
@@ -51,6 +54,22 @@ impl Record {
     /// Forgets a container's lowers.
     pub fn forget(&self, container: &str) {
         self.set(|status| status.layers.retain(|layer| layer.container != container));
+    }
+
+    /// An image in use differs from what was converted; told to people at once.
+    pub fn damage(&self, image: &str, block: u64) {
+        let words = format!("layer image {image}: block {block} differs from what was converted, reading it fails");
+        let mut new = false;
+        self.set(|status| {
+            new = status.damage.len() < MAX_DAMAGE && !status.damage.contains(&words);
+            if new {
+                status.damage.push(words.clone());
+            }
+        });
+        if new {
+            tracing::error!("{words}");
+            self.write();
+        }
     }
 
     /// Writes the file, whole or not at all.
