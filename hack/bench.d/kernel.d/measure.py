@@ -14,12 +14,14 @@ import subprocess
 import sys
 import time
 
+import peers
 from peers import Bare, Containerd, Nacelle
 from stopwatch import NS_PER_MI, Failed, Run, Trace
 from table import Table
 
 PAYLOAD = os.path.dirname(os.path.abspath(__file__))
 KERNELS = ["libkrunfw", "own"]
+IMAGES = ["busybox", "layers-30"]
 SHAPES = [(1, 128), (2, 128), (4, 128), (1, 512), (1, 1024), (1, 4096)]
 POD = "pod"
 CHANCES = 3
@@ -34,11 +36,11 @@ def image(kernel):
 class Machine(Nacelle):
     """nacelle with a kernel and a shape."""
 
-    def __init__(self, kernel, vcpus, memory_mib):
-        config = f"/run/bench-{kernel}-{vcpus}-{memory_mib}.toml"
+    def __init__(self, kernel, vcpus, memory_mib, verity="off"):
+        config = f"/run/bench-{kernel}-{vcpus}-{memory_mib}-{verity}.toml"
         with open(config, "w") as file:
             file.write(f'[vm]\nkernel = "{image(kernel)}"\nvcpus = {vcpus}\nmemory_mib = {memory_mib}\n')
-            file.write("boot_timeout_seconds = 10\n")
+            file.write(f'boot_timeout_seconds = 10\n[rootfs]\nverity = "{verity}"\n')
         Containerd.__init__(self, "io.containerd.nacelle.v2", config)
 
     def ready(self):
@@ -129,6 +131,21 @@ def memory(repeat):
     rounds(repeat, turn)
 
 
+def verity(repeat):
+    """What a start costs more when the guest checks its layers, which are in the cache: one, and thirty merged ones."""
+    title = "a container from cached layers: client → first byte of /bin/echo, rootfs.verity"
+    tables = {image: Table(f"{title}, {image}", "off") for image in IMAGES}
+
+    def turn():
+        for image, table in tables.items():
+            peers.IMAGE = f"nacelle.test/{image}:latest"
+            for setting in ("off", "on"):
+                yield table, setting, Machine("own", 1, 256, setting).run().first
+        peers.IMAGE = f"nacelle.test/{IMAGES[0]}:latest"
+
+    rounds(repeat, turn)
+
+
 def symbols():
     """Names of the image's functions by address: it has none itself, and prints addresses."""
     with open(f"{PAYLOAD}/System.map") as lines:
@@ -144,7 +161,7 @@ def waits(_):
     print(f"\ninitcalls of our own kernel, {sum(int(call[2]) for call in calls) / 1000:.1f} Mi in all; those that take longest")
     for at, address, took in sorted(calls, key=lambda call: -int(call[2]))[:12]:
         print(f"  {int(took) / 1000:7.1f}  {names.get(int(address, 16), address)} (done at {float(at) * 1000:.1f})")
-    found = re.search(r"\[ *(\d+\.\d+)\] Run /init", said)
+    found = re.search(r"\[ *(\d+\.\d+)\] Run /\S+ as init", said)
     print(f"  PID 1 is executed {float(found[1]) * 1000:.1f} Mi after the clock began" if found else said[-2000:])
     exits()
 
@@ -173,10 +190,11 @@ def exits():
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeat", type=int, default=3)
-    parts = {"memory": memory, "waits": waits, "boot": boot}
+    parts = {"memory": memory, "waits": waits, "verity": verity, "boot": boot}
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     options = parser.parse_args()
-    subprocess.run(["ctr", "image", "import", f"{PAYLOAD}/busybox.tar"], check=True, stdout=subprocess.DEVNULL)
+    for image in IMAGES:
+        subprocess.run(["ctr", "image", "import", f"{PAYLOAD}/{image}.tar"], check=True, stdout=subprocess.DEVNULL)
     for part in options.only:
         parts[part](options.repeat)
 
