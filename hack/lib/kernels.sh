@@ -10,11 +10,23 @@ guest_kernel() {
     esac
 }
 
-# guest_kernels DIR: puts into DIR `vmlinux`, which pods run by default (NACELLE_KERNEL says which one, default libkrunfw), and
-# `vmlinux-libkrunfw`, the one that can lend the host's network.
+# default_kernel: the name of the one that pods run: what NACELLE_KERNEL says, or our own where it has been built.
+default_kernel() {
+    if [ -n "${NACELLE_KERNEL:-}" ]; then
+        echo "$NACELLE_KERNEL"
+    elif "$HACK/kernel" --built >/dev/null; then
+        echo own
+    else
+        echo libkrunfw
+    fi
+}
+
+# guest_kernels DIR: puts into DIR `vmlinux`, which pods run by default, and `vmlinux-libkrunfw`, the one that can lend the
+# host's network.
 guest_kernels() {
-    local default libkrunfw
-    default=$(guest_kernel "${NACELLE_KERNEL:-libkrunfw}")
+    local name default libkrunfw
+    name=$(default_kernel)
+    default=$(guest_kernel "$name")
     libkrunfw=$(guest_kernel libkrunfw)
     mkdir -p "$1"
     install -m 644 "$default" "$1/vmlinux"

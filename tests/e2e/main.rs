@@ -88,7 +88,7 @@ const THEMES: &[(&str, Beside, &[Case])] = &[
     ("hostile", Beside::Only("1.7"), hostile::CASES),
     ("jail", Beside::Only("1.7"), jail::CASES),
     ("network", Beside::Each, network::CASES),
-    ("kernel", Beside::Only("1.7"), kernel::CASES),
+    ("kernel", Beside::Each, kernel::CASES),
     ("pod_network", Beside::Only("1.7"), pod_network::CASES),
     ("load", Beside::Each, load::CASES),
     ("load", Beside::Only("2.1"), load::LONG),
