@@ -7,7 +7,7 @@ use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use nacelle_tests::{
     command::patience,
     grpc::{self, Message},
-    node::{BUSYBOX, Configured, Container, Node},
+    node::{BUSYBOX, Configured, Container, NAMESPACE, Node},
 };
 use protobuf::Message as _;
 use serde_json::Value;
@@ -261,7 +261,7 @@ fn damage_of_a_verified_layer(node: &Node) {
     let Some(verified) = verified(node) else { return };
     let image = node.image("debian-tools");
     let c = node.detached(&[], &image, &["sleep", "1000"]);
-    flip(&node.path("nacelle/pods/default").join(c.id()).join("layers"), BEGINNING);
+    flip(&node.path("nacelle/pods").join(NAMESPACE).join(c.id()).join("layers"), BEGINNING);
     let read = c.exec(&[], &["cat", TEXT]).run();
     assert_ne!(read.code, 0, "{read}");
     let read = read.expect_failure(&["Input/output error"]);
