@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::BufRead;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -17,6 +16,7 @@ use rustix::io::Errno;
 use super::attributes::{is_kept, is_opaque, kept, names};
 use super::{ChangesError, failed};
 use crate::Limits;
+use crate::erofs::stream::Source;
 use crate::path::{PathError, components};
 use crate::tar::{Archive, Entry, Kind, TarError};
 use crate::tree::{OPAQUE, Time, Xattr};
@@ -289,14 +289,12 @@ impl<'a> Apply<'a> {
                 self.room.checked_sub(len).ok_or(TarError::Limit { what: "bytes of file data", limit: self.room })?;
             let mut at = extent.start;
             while at < extent.end {
-                let bytes = archive.fill_buf().map_err(TarError::Read)?;
-                let n = bytes.len().min(usize::try_from(extent.end - at).unwrap_or(usize::MAX));
-                if n == 0 {
+                let bytes = archive.take(extent.end - at).map_err(|source| archive.failed(source))?;
+                if bytes.is_empty() {
                     return Err(archive.failed(std::io::ErrorKind::UnexpectedEof.into()).into());
                 }
-                file.write_all_at(&bytes[..n], at).map_err(failed("write", &shown))?;
-                archive.consume(n);
-                at += n as u64;
+                file.write_all_at(&bytes, at).map_err(failed("write", &shown))?;
+                at += bytes.len() as u64;
             }
         }
         // The last hole, and a whole file of them.
