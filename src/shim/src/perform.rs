@@ -144,17 +144,19 @@ pub async fn create_first(
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let size = vm::size(&bundle, &config, cpus, &wishes)?;
     let users = bundle.spec.linux().as_ref().map(spec::users).transpose()?.flatten();
+    // Files whose ids are mapped would be mapped once more in the next task.
+    let exports = config.export && plan::ids(&request.rootfs)?.is_none();
 
     let settings = config.clone();
     let (claim_env, found) = (env.clone(), programs.clone());
     let mut host = blocking("prepare pod", move || Host::claim(&claim_env, config, &found, begin)).await?;
     // The lowers are converted while the VM boots: the guest finds them in its share when it needs them.
     let dirs = host.dirs.clone();
-    let (name, record, exports) = (id.to_string(), host.record.clone(), host.config().export.then(|| bundle.clone()));
+    let (name, record, alone) = (id.to_string(), host.record.clone(), exports.then(|| bundle.clone()));
     let convert = move || match rootfs {
         Some(rootfs) => {
             let layers = link_layers(&settings, &dirs, &name, &rootfs, &patches, &record)?;
-            let export = exports.map(|bundle| Export::of(&bundle, &rootfs, size.upper_mib << 20)).transpose()?;
+            let export = alone.map(|bundle| Export::of(&bundle, &rootfs, size.upper_mib << 20)).transpose()?;
             Ok::<_, PodError>((layers, export.flatten()))
         }
         None => Ok((Linked::default(), None)),
@@ -184,8 +186,7 @@ pub async fn create_first(
     };
     // The conversion cannot be interrupted, and must not write into a directory that is being removed.
     let (booted, layers) = tokio::join!(booted, layers);
-    let layers = layers.unwrap_or(Err(PodError::Worker("convert layers")));
-    let layers = layers.map(|(layers, export)| {
+    let layers = layers.unwrap_or(Err(PodError::Worker("convert layers"))).map(|(layers, export)| {
         local.export = export;
         layers
     });
