@@ -152,7 +152,7 @@ impl Default for RootfsTable {
             upper_mib: 10 * 1024,
             container_mib: 0,
             cache_mib: 20 * 1024,
-            index_mib: 64,
+            index_mib: 0,
             verity: Verity::Off,
             patches: None,
             export: true,
