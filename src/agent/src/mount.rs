@@ -77,6 +77,9 @@ pub enum MountError {
         #[source]
         source: io::Error,
     },
+    /// A block of a verified image that mounting it reads is not what it was.
+    #[error("verify {0}: it differs from what was converted")]
+    Damaged(String, #[source] io::Error),
     /// No disk of that serial number.
     #[error("find disk {0:?}: no block device has this serial number")]
     NoDisk(String),
@@ -119,7 +122,11 @@ impl Lowers {
         if let Err(source) = mounted.and_then(|()| if data.is_empty() { Ok(()) } else { add_data(&target, &data) }) {
             // Nothing is in it, and nobody has heard of it.
             let _ = fs::remove_dir(&target);
-            return Err(MountError::Mount { what: lower.name.clone(), target, source });
+            let damaged = !lower.verity.is_empty() && source.raw_os_error() == Some(libc::EIO);
+            return Err(match damaged {
+                true => MountError::Damaged(lower.name.clone(), source),
+                false => MountError::Mount { what: lower.name.clone(), target, source },
+            });
         }
         table.mounted.insert(key, (target.clone(), 1));
         Ok(target)
