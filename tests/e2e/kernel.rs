@@ -282,8 +282,8 @@ fn damage_of_a_verified_layer(node: &Node) {
 /// Changes the first byte of a file that begins so, in the one image that has it.
 fn flip(layers: &Path, beginning: &[u8]) {
     let mut flipped = 0;
-    for entry in fs::read_dir(layers).expect("the pod's layers") {
-        let path = entry.expect("an entry").path();
+    let images = fs::read_dir(layers).expect("the pod's layers").map(|entry| entry.expect("an entry").path());
+    for path in images.filter(|path| path.extension().is_some_and(|kind| kind == "erofs")) {
         let bytes = fs::read(&path).expect("an image");
         // Files of more than a block begin at one.
         if let Some(block) = bytes.chunks(BLOCK).position(|block| block.starts_with(beginning)) {
