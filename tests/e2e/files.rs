@@ -102,7 +102,8 @@ fn of_a_task_that_was_killed(node: &Node) {
     task.sees("kept\nready", patience());
     c.sh("rm /kept");
     end(node, &c);
-    drop(task);
+    // It takes its streams away by itself.
+    drop(task.wait(patience() * 3));
     assert!(!upper(&c).join("kept").exists(), "it was never in the image, so nothing tells of it");
     c.delete();
 }
