@@ -149,7 +149,9 @@ impl Host {
         chown(&disk, Some(uid), Some(uid)).map_err(io_error("give away", &disk))?;
         let share = self.dirs.volumes();
         volumes::prepare(&share)?;
-        volumes::prepare(&self.dirs.data())?;
+        if self.config.index_mib > 0 {
+            volumes::prepare(&self.dirs.data())?;
+        }
         for volume in first {
             volumes::bind(&share, volume)?;
         }
