@@ -238,28 +238,30 @@ pub struct Volume<'a> {
     pub mapped: bool,
 }
 
-/// Mounts a volume for the sandbox whose VMM is process `vmm`, in the mount namespace of the caller, with the ids of its
-/// files mapped as those of a share are. From there it propagates into the jail, which cannot map ids any more.
+/// Mounts volumes for the sandbox whose VMM is process `vmm`, in the mount namespace of the caller, with the ids of their
+/// files mapped as those of a share are. From there they propagate into the jail, which cannot map ids any more. In order; the
+/// first that fails ends it.
 ///
 /// # Errors
 /// [`JailError`] with the step that failed. A file system that cannot map ids is reported as [`Report::Degraded`].
-pub fn bind(vmm: u32, volume: &Volume<'_>) -> Result<(), JailError> {
-    let path = format!("/proc/{vmm}/ns/user");
-    let users = match volume.mapped {
-        true => pod_users(vmm)?,
-        false => None,
-    };
-    let users = match users {
-        Some(users) => users,
-        None => File::open(&path).map_err(at("user namespace", format!("open {path}")))?.into(),
-    };
-    let source = Source::open(volume.source)?;
-    let graft = Graft { users: users.as_fd(), range: 0..0, ids: Ids::Mapped, read_only: volume.read_only };
-    if volume.recursive && source.file_type == FileType::Directory {
-        graft.all(&source, volume.target)
-    } else {
-        graft.one(&source, volume.target).map(drop)
+pub fn bind(vmm: u32, volumes: &[Volume<'_>]) -> Result<(), JailError> {
+    if volumes.is_empty() {
+        return Ok(());
     }
+    let path = format!("/proc/{vmm}/ns/user");
+    let users = OwnedFd::from(File::open(&path).map_err(at("user namespace", format!("open {path}")))?);
+    let pods = if volumes.iter().any(|volume| volume.mapped) { pod_users(vmm)? } else { None };
+    for volume in volumes {
+        let users = pods.as_ref().filter(|_| volume.mapped).unwrap_or(&users);
+        let source = Source::open(volume.source)?;
+        let graft = Graft { users: users.as_fd(), range: 0..0, ids: Ids::Mapped, read_only: volume.read_only };
+        if volume.recursive && source.file_type == FileType::Directory {
+            graft.all(&source, volume.target)?;
+        } else {
+            graft.one(&source, volume.target)?;
+        }
+    }
+    Ok(())
 }
 
 /// Tries to map ids on the mount of a directory, and leaves nothing behind.

@@ -89,7 +89,7 @@ fn bind(pid: &OsStr, volumes: &[OsString]) -> ExitCode {
         }
         parsed.push(volume);
     }
-    told(|| parsed.iter().try_for_each(|volume| jail::bind(pid, volume)))
+    told(|| jail::bind(pid, &parsed))
 }
 
 /// Tries to map ids on the mounts of these directories.
