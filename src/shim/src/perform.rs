@@ -435,24 +435,23 @@ pub async fn delete(
 
 /// The guest needs these directories of layers no more.
 async fn take_back(pod: &Arc<Pod>, names: Vec<String>) {
-    let host = pod.host.clone();
-    let unbind = move || {
-        names.iter().for_each(|name| volumes::unbind(&host.dirs.data(), name));
-        Ok::<_, PodError>(())
-    };
-    if let Err(e) = blocking("take layers back", unbind).await {
-        tracing::error!("{}", crate::chain(&e));
-    }
+    unbind(pod.host.dirs.data(), names).await;
 }
 
 async fn unbind_all(pod: &Arc<Pod>, names: Vec<String>) {
     pod.mirrors.remove(&names);
-    let host = pod.host.clone();
-    let unbind = move || {
-        names.iter().for_each(|name| volumes::unbind(&host.dirs.volumes(), name));
+    unbind(pod.host.dirs.volumes(), names).await;
+}
+
+async fn unbind(share: PathBuf, names: Vec<String>) {
+    if names.is_empty() {
+        return;
+    }
+    let work = move || {
+        names.iter().for_each(|name| volumes::unbind(&share, name));
         Ok::<_, PodError>(())
     };
-    if let Err(e) = blocking("unbind volumes", unbind).await {
+    if let Err(e) = blocking("unbind volumes", work).await {
         tracing::error!("{}", crate::chain(&e));
     }
 }
