@@ -8,31 +8,14 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use common::{assert_same, assert_sound, between_starts, dir, mount_erofs, run, survey, tmpfs, workshop};
+use common::{Shop, assert_same, assert_sound, between_starts, dir, mount_erofs, run, survey, tmpfs, workshop};
 use nacelle_rootfs::patch::{Sources, decode};
 use nacelle_rootfs::plan::plan;
 use nacelle_rootfs::tar::DiffId;
 use nacelle_rootfs::{Cache, CacheError, Layer, Limits, Lower, Mount, Outcome, RootfsPlan};
 use sha2::{Digest, Sha256};
 
-/// A cache, a scratch directory and some snapshots in one temporary directory.
-struct Shop {
-    workshop: common::Workshop,
-    cache: Cache,
-}
-
 impl Shop {
-    fn new() -> Shop {
-        let workshop = workshop();
-        dir(workshop.path().join("scratch"));
-        let cache = Cache::open(&workshop.path().join("root"), Limits::default()).unwrap();
-        Shop { workshop, cache }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.workshop.path().join(name)
-    }
-
     fn snapshot(&self, name: &str) -> PathBuf {
         let snapshot = dir(self.path(name));
         fs::write(snapshot.join("file"), format!("{name}\n").repeat(2000)).unwrap();

@@ -7,32 +7,16 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use common::{Workshop, assert_same, dir, mount_erofs, mount_overlay, sparse, survey, tmpfs, workshop};
+use common::{Shop, assert_same, dir, mount_erofs, mount_overlay, sparse, survey, tmpfs};
 use nacelle_rootfs::cache::Missing;
 use nacelle_rootfs::layer::refer::REFERRED;
-use nacelle_rootfs::{Cache, Layer, Limits, Lower, Outcome, RootfsPlan};
+use nacelle_rootfs::{Layer, Lower, Outcome, RootfsPlan};
 use nix::mount::{MsFlags, mount};
 use rustix::fs::XattrFlags;
 
 const LARGE: usize = REFERRED as usize;
 
-struct Shop {
-    workshop: Workshop,
-    cache: Cache,
-}
-
 impl Shop {
-    fn new() -> Shop {
-        let workshop = workshop();
-        dir(workshop.path().join("scratch"));
-        let cache = Cache::open(&workshop.path().join("root"), Limits::default()).unwrap();
-        Shop { workshop, cache }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.workshop.path().join(name)
-    }
-
     fn acquire(&self, lowers: &[Lower], how: Missing) -> Vec<Layer> {
         let plan = RootfsPlan { lowers: lowers.to_vec(), read_only: false };
         let layers = self.cache.acquire(&plan, &self.path("scratch"), 2, how).unwrap();

@@ -13,7 +13,7 @@ use std::sync::{RwLock, RwLockWriteGuard};
 use nacelle_rootfs::erofs::reader::Image;
 use nacelle_rootfs::erofs::writer::{Plan, Written};
 use nacelle_rootfs::tree::{Data, Entry, Inode, Node, Tree};
-use nacelle_rootfs::{Limits, layer};
+use nacelle_rootfs::{Cache, Limits, layer};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use tempfile::TempDir;
@@ -45,6 +45,25 @@ impl Drop for Workshop {
         for target in targets.into_iter().rev().filter(|t| t.starts_with(self.path())) {
             let _ = nix::mount::umount2(target, nix::mount::MntFlags::MNT_DETACH);
         }
+    }
+}
+
+/// A cache, a scratch directory and some snapshots in one temporary directory.
+pub struct Shop {
+    pub workshop: Workshop,
+    pub cache: Cache,
+}
+
+impl Shop {
+    pub fn new() -> Shop {
+        let workshop = workshop();
+        dir(workshop.path().join("scratch"));
+        let cache = Cache::open(&workshop.path().join("root"), Limits::default()).unwrap();
+        Shop { workshop, cache }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.workshop.path().join(name)
     }
 }
 
