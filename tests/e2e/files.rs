@@ -1,13 +1,14 @@
 //! A container's files as the host sees them: in its snapshot, when it is paused and when it has ended, and in its next task.
 
-use std::fs;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 
 use nacelle_tests::{
     command::{Cmd, patience, within},
     node::{BUSYBOX, Container, Node},
 };
+use rustix::fs::XattrFlags;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::Case;
@@ -18,10 +19,17 @@ pub const CASES: &[Case] = &[
     Case::new("are_in_the_snapshot_while_paused", are_in_the_snapshot_while_paused),
     Case::new("of_every_kind_come_back", of_every_kind_come_back),
     Case::new("put_into_the_snapshot_before_the_start", put_into_the_snapshot_before_the_start),
+    Case::new("of_a_container_that_runs", of_a_container_that_runs),
+    Case::new("of_a_container_that_runs_by_the_hundred", of_a_container_that_runs_by_the_hundred),
     Case::only_nacelle(
         "that_do_not_fit_the_host",
         that_do_not_fit_the_host,
         "with others they are written there at once",
+    ),
+    Case::only_nacelle(
+        "hidden_where_the_configuration_says_so",
+        hidden_where_the_configuration_says_so,
+        "it is nacelle's own",
     ),
     Case::only_nacelle("of_a_machine_that_dies_in_between", of_a_machine_that_dies_in_between, "it has no VMM"),
     Case::only_nacelle(
@@ -214,4 +222,118 @@ fn stay_where_the_configuration_says_so(node: &Node) {
     assert_eq!(next(&c), "1");
     drop(configured);
     c.delete();
+}
+
+/// The root of the process that containerd knows.
+fn root(container: &Container) -> PathBuf {
+    format!("/proc/{}/root", container.pid()).into()
+}
+
+fn directory(node: &Node, name: &str) -> PathBuf {
+    let dir = node.path(name);
+    fs::create_dir_all(&dir).unwrap_or_else(|e| panic!("make {}: {e}", dir.display()));
+    dir
+}
+
+fn of_a_container_that_runs(node: &Node) {
+    let volume = directory(node, "files-volume");
+    fs::write(volume.join("inside"), "volume").expect("write");
+    let mount = format!("type=bind,src={},dst=/volume,options=rbind:ro", volume.display());
+    let tmpfs = "type=tmpfs,src=tmpfs,dst=/scratch,options=mode=1777";
+    let c = node.detached(&["--mount", &mount, "--mount", tmpfs], BUSYBOX, &["sleep", "1000000"]);
+    let root = root(&c);
+    let script = "echo written >/written; echo scratch >/scratch/file; ln -s written /link; mkfifo /fifo; \
+                  head -c 3000000 /dev/urandom >/large; chown 12:34 /written; chmod 4751 /written; rm -r /var";
+    c.sh(script);
+
+    // What its processes see: their layers, what they have written and removed, what is mounted.
+    assert_eq!(read(root.join("etc/passwd")), c.sh("cat /etc/passwd") + "\n");
+    assert_eq!(read(root.join("written")), "written\n");
+    assert_eq!(read(root.join("scratch/file")), "scratch\n");
+    assert_eq!(read(root.join("volume/inside")), "volume");
+    assert_eq!(fs::read_link(root.join("link")).expect("a link"), Path::new("written"));
+    assert!(fs::symlink_metadata(root.join("fifo")).expect("a pipe").file_type().is_fifo());
+    assert!(fs::symlink_metadata(root.join("var")).is_err(), "it has been removed");
+    let written = fs::metadata(root.join("written")).expect("a file");
+    assert_eq!((written.uid(), written.gid(), written.mode() & 0o7777), (12, 34, 0o4751));
+    let large = Cmd::new("sha256sum").args(["large"]).cwd(&root).ok().text();
+    assert_eq!(large, c.sh("cd / && sha256sum large"));
+    let names = |dir: &Path| {
+        let list = fs::read_dir(dir).expect("list");
+        let mut names: Vec<_> =
+            list.map(|entry| entry.expect("an entry").file_name().into_string().expect("text")).collect();
+        names.sort();
+        names.join("\n")
+    };
+    assert_eq!(names(&root), c.sh("ls -1A / | sort"));
+
+    // What is changed from outside is what its processes see, at once.
+    let made = root.join("made");
+    fs::create_dir(&made).expect("make a directory");
+    fs::write(made.join("file"), "x".repeat(300_000)).expect("write");
+    chown(made.join("file"), Some(1000), Some(2000)).expect("chown");
+    fs::set_permissions(made.join("file"), Permissions::from_mode(0o2640)).expect("chmod");
+    fs::hard_link(made.join("file"), made.join("second")).expect("link");
+    symlink("file", made.join("symlink")).expect("symlink");
+    fs::rename(root.join("written"), made.join("moved")).expect("rename");
+    fs::remove_file(root.join("fifo")).expect("remove");
+    Cmd::new("touch").args(["-d", "2001-02-03 04:05:06.789 UTC"]).args([made.join("moved")]).ok();
+    rustix::fs::setxattr(made.join("file"), "user.name", b"value", XattrFlags::empty()).expect("set attribute");
+    assert_eq!(
+        c.sh("stat -c '%u %g %a %h %s' /made/file; readlink /made/symlink; cat /made/moved; ls /fifo 2>&1 | wc -l"),
+        "1000 2000 2640 2 300000\nfile\nwritten\n1"
+    );
+    assert_eq!(c.sh("stat -c %Y /made/moved"), "981173106");
+    let mut value = [0; 5];
+    rustix::fs::getxattr(made.join("file"), "user.name", &mut value).expect("get attribute");
+    assert_eq!(&value, b"value");
+    c.sh("echo more >>/made/moved");
+    assert_eq!(read(made.join("moved")), "written\nmore\n", "nothing is remembered");
+    // A read-only volume is so from here, too.
+    let refused = fs::write(root.join("volume/new"), "x").expect_err("read-only");
+    assert_eq!(refused.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+    // Nobody else of the host's gets there.
+    let other = Cmd::new("setpriv").args(["--reuid", "4321", "--regid", "4321", "--clear-groups", "ls"]).args([&root]);
+    other.run().expect_failure(&["Permission denied"]);
+
+    // A container that is paused has files, too; one that has ended leaves nobody waiting.
+    pause(node, &c);
+    assert_eq!(read(made.join("moved")), "written\nmore\n");
+    resume(node, &c);
+    let held = fs::File::open(made.join("file")).expect("open");
+    c.remove();
+    if node.is_nacelle() {
+        within(patience(), "a file of a container that is gone cannot be read", || held.read_at(&mut [0], 0).err());
+    }
+}
+
+fn of_a_container_that_runs_by_the_hundred(node: &Node) {
+    let c = node.detached(&[], BUSYBOX, &["sleep", "1000000"]);
+    let root = root(&c);
+    let tree = directory(node, "files-tree");
+    for n in 0..200 {
+        let dir = tree.join(format!("{}", n % 10));
+        fs::create_dir_all(&dir).expect("make a directory");
+        fs::write(dir.join(format!("{n}")), format!("file {n}")).expect("write");
+    }
+    // As `nerdctl cp` does.
+    let copy = |from: &Path, to: &Path| {
+        let script = format!("tar -C {} -cf - . | tar -C {} -xf -", from.display(), to.display());
+        Cmd::new("sh").args(["-ec", &script]).ok();
+    };
+    fs::create_dir(root.join("tree")).expect("make a directory");
+    copy(&tree, &root.join("tree"));
+    assert_eq!(c.sh("find /tree -type f | wc -l; cat /tree/7/1447"), "1500\nfile 1447");
+    let back = directory(node, "files-back");
+    copy(&root.join("tree"), &back);
+    Cmd::new("diff").args(["-r"]).args([&tree, &back]).ok();
+    c.remove();
+}
+
+fn hidden_where_the_configuration_says_so(node: &Node) {
+    let configured = node.configure("rootfs.proc_root = false");
+    let c = node.detached(&[], BUSYBOX, &["sleep", "1000000"]);
+    drop(configured);
+    assert!(fs::metadata(root(&c).join("etc/passwd")).is_err(), "the container's files are shown");
+    c.remove();
 }

@@ -88,6 +88,11 @@ fn what_the_vmm_sees(node: &Node) {
     let jail = printed(&c);
     assert_eq!(jail["vmm_pid"], c.pid());
     let mounts = jail["mounts"].as_array().expect("mounts");
+    // What the guest shows is above the root, and none of the jail's.
+    let (shown, mounts): (Vec<_>, Vec<_>) = mounts.iter().partition(|mount| mount["kind"] == "fuse");
+    let inside = |mount: &&serde_json::Value| mount["inside"].as_str().expect("text").to_owned();
+    assert_eq!(shown.iter().map(inside).collect::<Vec<_>>(), ["/"], "{jail}");
+    assert!(shown[0]["options"].as_str().expect("text").contains("nosuid,nodev,noexec"), "{jail}");
     let mut inside: Vec<_> = mounts.iter().map(|mount| mount["inside"].as_str().expect("text")).collect();
     inside.sort_unstable();
     assert_eq!(
@@ -178,7 +183,7 @@ fn volumes_have_the_hosts_ids(node: &Node) {
 
     // Outside its mounts there are neither names nor rights for the VMM.
     let pid = c.pid();
-    let below_its_root = |path: &Path| PathBuf::from(format!("/proc/{pid}/root{}", path.display()));
+    let below_its_root = |path: &Path| PathBuf::from(format!("/proc/{pid}/cwd/..{}", path.display()));
     for path in [&sibling, &secrets.join("token")] {
         assert!(fs::metadata(below_its_root(path)).is_err(), "{} in the jail", path.display());
     }

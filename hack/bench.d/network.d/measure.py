@@ -22,8 +22,8 @@ IMAGE = "nacelle.test/busybox:latest"
 PEERS = {"runc (veth)": "io.containerd.runc.v2", "nacelle (tap)": "io.containerd.nacelle.v2"}
 MIB, PINGS = 64, 50
 CHANCES = 3
-# The node's own iperf3, for both.
-MOUNTS = [f"type=bind,src=/usr{lib},dst={lib or '/usr'},options=rbind:ro" for lib in ("", "/lib64")]
+# The node's own iperf3, for both, and the loader that it names, which is a link into /lib.
+MOUNTS = [f"type=bind,src=/usr{lib},dst={lib or '/usr'},options=rbind:ro" for lib in ("", "/lib", "/lib64")]
 
 
 def run(*argv, stdin=None, env=None, deadline_s=300):

@@ -200,6 +200,7 @@ impl Guest {
         let container = Container {
             init,
             execs: Default::default(),
+            files: None,
             memory_watch: self.watch_memory(id, &cgroup),
             cgroup,
             lowers,

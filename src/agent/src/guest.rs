@@ -222,6 +222,7 @@ impl Guest {
         // An error means that the container is gone already, and with it everybody who could ask.
         let _ = self.with(id, |container| {
             container.init_ended = Some(ended);
+            container.files = None;
             // What shares a PID namespace with others does not die with it.
             self.kill_rest(id, &container.cgroup);
             self.tell_last_end(id, container);

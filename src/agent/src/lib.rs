@@ -9,6 +9,7 @@
 //!                          │    ├ spec      what libcontainer gets to see of an OCI configuration
 //!                          │    ├ mount     lowers (EROFS) and the overlay over them; verity checks lowers as they are read
 //!                          │    ├ export    what a container has written, to the host
+//!                          │    ├ files     its files as it runs, for the host to look into and to change
 //!                          │    ├ mirror    copies of volumes whose changes a watcher must hear of
 //!                          │    ├ cgroup, limits, stats
 //!                          │    ├ pod       the PID namespace that containers may share
@@ -17,6 +18,7 @@
 //!                          ├ reap, events   every exit once, in order
 //!                          └ clock
 //!  main ── "runner" ───── runner, executor ─ one libcontainer operation in a process of its own, then exit
+//!  main ── "files" ────── files ─ serves FUSE messages, in a container's root
 //! ```
 //!
 //! One thread serves; others exist only while file systems are mounted, removed or exported. libcontainer clones, changes
@@ -38,6 +40,7 @@ pub mod executor;
 pub mod export;
 pub mod fd;
 pub mod features;
+pub mod files;
 pub mod forward;
 pub mod frame;
 pub mod guest;

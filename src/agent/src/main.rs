@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use nacelle_agent::console::chain;
 use nacelle_agent::guest::Guest;
-use nacelle_agent::{dial, init, pod, runner, say, serve, users};
+use nacelle_agent::{dial, files, init, pod, runner, say, serve, users};
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os();
@@ -21,6 +21,9 @@ fn main() -> ExitCode {
     }
     if name == users::MAKER {
         return users::maker();
+    }
+    if name == files::NAME {
+        return files::main();
     }
     if std::process::id() != 1 {
         say!("this is the first process of a guest, and of no use elsewhere");

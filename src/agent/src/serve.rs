@@ -12,8 +12,8 @@ use async_trait::async_trait;
 use containerd_shim_protos::shim_async::create_task;
 use nacelle_protocol::agent::{
     Agent, ConfigureRequest, ConfigureResponse, EventsRequest, EventsResponse, ExportRequest, ExportResponse,
-    ForwardRequest, ForwardResponse, RefreshRequest, RefreshResponse, SetTimeRequest, SetTimeResponse, ShutdownRequest,
-    ShutdownResponse, create_agent,
+    FilesRequest, FilesResponse, ForwardRequest, ForwardResponse, RefreshRequest, RefreshResponse, SetTimeRequest,
+    SetTimeResponse, ShutdownRequest, ShutdownResponse, create_agent,
 };
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -163,6 +163,13 @@ impl Agent for Service {
         let guest = self.guest.clone();
         complete(async move { guest.export(&request.container_id, request.stream).await }).await?;
         Ok(ExportResponse::default())
+    }
+
+    async fn files(&self, _: &TtrpcContext, request: FilesRequest) -> ttrpc::Result<FilesResponse> {
+        let guest = self.guest.clone();
+        let FilesRequest { container_id, input, output, .. } = request;
+        complete(async move { guest.files(&container_id, input, output).await }).await?;
+        Ok(FilesResponse::default())
     }
 
     async fn set_time(&self, _: &TtrpcContext, request: SetTimeRequest) -> ttrpc::Result<SetTimeResponse> {

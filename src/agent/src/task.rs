@@ -105,6 +105,8 @@ pub struct Container {
     pub oom_kills: u64,
     /// The last numbers, once no process is left.
     pub last_stats: Option<Metrics>,
+    /// Carries messages to the process that serves its files, which ends with it.
+    pub files: Option<Io>,
     /// Tells of memory events.
     pub memory_watch: AbortHandle,
     /// The main process has ended, but that has not been told.

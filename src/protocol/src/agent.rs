@@ -33,6 +33,13 @@ pub const CONTAINER_TYPE: &str = "nacelle.agent.v1.Container";
 /// Most processes of a container that the agent lists, and that the shim takes.
 pub const MAX_PIDS: usize = 32768;
 
+/// Length of a FUSE message's header (`struct fuse_in_header`, `linux/fuse.h`).
+pub const FILES_HEADER: usize = 40;
+/// Most bytes of file data in a message or an answer of [`FilesRequest`].
+pub const FILES_DATA: usize = 128 << 10;
+/// Longest message or answer: the data, and a page for what stands before it.
+pub const FILES_MESSAGE: usize = FILES_DATA + 4096;
+
 /// virtiofs tag of the share that holds the lowers.
 pub const LAYERS_TAG: &str = "layers";
 /// virtiofs tag of the share that holds the volumes.

@@ -143,6 +143,7 @@ struct RootfsTable {
     verity: Verity,
     patches: Option<PathBuf>,
     export: bool,
+    proc_root: bool,
 }
 
 impl Default for RootfsTable {
@@ -156,6 +157,7 @@ impl Default for RootfsTable {
             verity: Verity::Off,
             patches: None,
             export: true,
+            proc_root: true,
         }
     }
 }
@@ -276,6 +278,8 @@ pub struct Config {
     pub patches: Option<PathBuf>,
     /// What a container that is no pod's has written goes to its snapshot.
     pub export: bool,
+    /// The files of a container that is no pod's are the root of its VMM.
+    pub proc_root: bool,
     /// First id of the first pod.
     pub uid_base: u32,
     /// RLIMIT_NOFILE of a VMM.
@@ -377,6 +381,7 @@ fn parse(text: &str, origin: &str) -> Result<Config, ConfigError> {
         verity: rootfs.verity,
         patches: rootfs.patches,
         export: rootfs.export,
+        proc_root: rootfs.proc_root,
         uid_base: jail.uid_base,
         max_files: jail.max_files,
         idmap: jail.idmap,

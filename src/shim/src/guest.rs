@@ -19,8 +19,8 @@ use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim_async::{Client, TaskClient};
 use nacelle_protocol::agent::{
     AgentClient, CONTAINER_TYPE, ConfigureRequest, Container, Event as WireEvent, EventsRequest, ExportRequest,
-    ForwardRequest, LAYERS_DIR, LAYERS_TAG, MAX_PIDS, Network, RefreshRequest, SetTimeRequest, Share, ShutdownRequest,
-    UPPER_SERIAL, VOLUMES_DIR, VOLUMES_TAG, event::What,
+    FilesRequest, ForwardRequest, LAYERS_DIR, LAYERS_TAG, MAX_PIDS, Network, RefreshRequest, SetTimeRequest, Share,
+    ShutdownRequest, UPPER_SERIAL, VOLUMES_DIR, VOLUMES_TAG, event::What,
 };
 use nacelle_protocol::ids::{ContainerId, ExecId};
 use nacelle_protocol::stream::{Answer, Kind, PREAMBLE_LEN, Preamble, Status};
@@ -428,6 +428,15 @@ impl Guest {
     pub async fn export(&self, id: &ContainerId, stream: u64) -> Result<(), GuestError> {
         let request = ExportRequest { container_id: id.to_string(), stream, ..Default::default() };
         ask("export files", self.agent.export(soon(), &request)).await.map(drop)
+    }
+
+    /// Has the guest serve a container's files: messages on one stream, answers on the other.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn files(&self, id: &ContainerId, input: u64, output: u64) -> Result<(), GuestError> {
+        let request = FilesRequest { container_id: id.to_string(), input, output, ..Default::default() };
+        ask("serve files", self.agent.files(soon(), &request)).await.map(drop)
     }
 
     /// Asks the guest to end. It may be gone before it answers.

@@ -9,6 +9,7 @@
 //!                              │    ├─ mirror                      volumes that change while somebody watches
 //!                              │    ├─ network                     the pod's interfaces
 //!                              │    ├─ vm, guest, tail             the VMM and the agent
+//!                              │    ├─ export, files               what a container has written; what it sees
 //!                              │    └─ stdio, stream, hooks
 //!                              └─ events, publisher                what containerd hears
 //! ```
@@ -29,6 +30,7 @@ pub mod delete;
 pub mod driver;
 pub mod events;
 pub mod export;
+pub mod files;
 pub mod guest;
 pub mod hooks;
 pub mod info;

@@ -18,6 +18,7 @@ use crate::annotations::{PATCHES, Wishes};
 use crate::bundle::{Bundle, Role};
 use crate::config::Config;
 use crate::export::Export;
+use crate::files;
 use crate::guest::GuestEvent;
 use crate::hooks;
 use crate::network;
@@ -45,6 +46,8 @@ pub struct Local {
     pub guest_pid: Option<u32>,
     /// Where what it writes goes.
     pub export: Option<Arc<Export>>,
+    /// It is no pod's: its files are those of the VMM's root.
+    alone: bool,
     hooks: Option<Hooks>,
     version: String,
     annotations: HashMap<String, String>,
@@ -63,6 +66,7 @@ impl Local {
             data: Vec::new(),
             guest_pid: None,
             export: None,
+            alone: bundle.role == Role::Single,
             bundle: bundle.dir.clone(),
             rootfs: rootfs.to_vec(),
         }
@@ -296,7 +300,7 @@ async fn finish(
     let container = Container { spec, rootfs, pod_pids, users, mirrors };
     let create = async { Ok::<_, TaskError>(pod.guest.create(&id, &container, wanted.terminal, io.names()).await?) };
     let asked = Instant::now();
-    let created = pod.while_alive(create).await;
+    let (created, ()) = tokio::join!(pod.while_alive(create), show_files(pod, &id, local.alone));
     if created.is_err() {
         pod.mirrors.remove(&local.volumes);
         take_back(pod, local.data.clone()).await;
@@ -306,6 +310,18 @@ async fn finish(
     pod.host.record.phase(&format!("create {id}"), asked);
     pod.host.record.write();
     Ok(Created { local, io, pid })
+}
+
+/// Nobody is refused a container because its files cannot be seen from the host.
+async fn show_files(pod: &Arc<Pod>, id: &ContainerId, alone: bool) {
+    if !alone || !pod.host.config().proc_root {
+        return;
+    }
+    if let Err(e) = files::show(pod, id).await {
+        let why = crate::chain(&e);
+        tracing::warn!("container {id}: /proc/{}/root does not show its files: {why}", pod.vm.pid());
+        pod.host.record.set(|status| status.degraded.push(why));
+    }
 }
 
 /// Registers an exec.

@@ -40,6 +40,7 @@ use crate::bundle::{Bundle, Role};
 use crate::cgroup::CgroupError;
 use crate::conduct::Conduct;
 use crate::config::{self, Config, Idmap, Origin, Programs};
+use crate::files::FilesError;
 use crate::guest::{Guest, GuestError, GuestEvent};
 use crate::hooks::{self, HookError};
 use crate::mirror::Mirrors;
@@ -81,6 +82,9 @@ pub enum PodError {
     /// A container's own directory.
     #[error(transparent)]
     Changes(#[from] ChangesError),
+    /// Its container's files.
+    #[error(transparent)]
+    Files(#[from] FilesError),
     /// The volumes.
     #[error(transparent)]
     Volume(#[from] VolumeError),

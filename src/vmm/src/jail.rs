@@ -38,7 +38,7 @@ use rustix::thread::{
 };
 use thiserror::Error;
 
-use crate::plan::{Ids, Plan};
+use crate::plan::{Ids, Plan, WORKING_DIRECTORY};
 use crate::report;
 
 mod graft;
@@ -375,7 +375,7 @@ fn close_root(new: &Path) -> Result<(), JailError> {
     if Step::Detach.taken() {
         unmount(".", UnmountFlags::DETACH).map_err(pivot("detach the host's root"))?;
     }
-    chdir("/").map_err(pivot("change into the root"))
+    chdir(WORKING_DIRECTORY).map_err(pivot("change into the working directory"))
 }
 
 fn drop_privileges(users: BorrowedFd<'_>, owns_files: bool) -> Result<(), JailError> {

@@ -9,9 +9,13 @@
 //!  /root                    VmConfig::agent
 //!  /share/<tag>             VmConfig::shares
 //!  /disk/<serial>           VmConfig::disks
-//!  /socket/<port>           VmConfig::sockets
+//!  /socket/<port>           VmConfig::sockets; the VMM's working directory
+//!  /files                   empty: the shim may make another root there, see below
 //!  /dev, /proc              made by the jail
 //! ```
+//!
+//! What libkrun opens once the guest runs, it opens by a name relative to `/socket`: by then the VMM may have been given another
+//! root, the files of its guest, for those who look into it from the host.
 
 use std::collections::BTreeSet;
 use std::fmt::Display;
@@ -21,6 +25,12 @@ use nacelle_protocol::GENERATION;
 use nacelle_protocol::agent::UPPER_SERIAL;
 use nacelle_protocol::vm::{FIXED_DEVICES, Jail, MAX_DEVICES, Network, Nic, Nics, VmConfig};
 use thiserror::Error;
+
+/// Where the VMM is in its jail: below the root, so that it stays there when the root is exchanged (pivot_root(2)).
+pub const WORKING_DIRECTORY: &str = "socket";
+
+/// The place for another root.
+pub const FILES: &str = "files";
 
 /// Serial number of the root's disk. No other disk has it.
 const ROOT_SERIAL: &str = "agent";
@@ -156,7 +166,7 @@ pub struct Entry {
 pub struct Share {
     /// virtiofs tag.
     pub tag: String,
-    /// Path inside the jail.
+    /// Path inside the jail, relative to [`WORKING_DIRECTORY`].
     pub path: String,
     /// Every change is refused by libkrun, too.
     pub read_only: bool,
@@ -192,7 +202,7 @@ pub struct Machine {
     pub shares: Vec<Share>,
     /// virtio-blk devices after the root's.
     pub disks: Vec<Disk>,
-    /// Ports that the guest may dial, and the sockets behind them.
+    /// Ports that the guest may dial, and the sockets behind them, relative to [`WORKING_DIRECTORY`].
     pub sockets: Vec<(u32, String)>,
     /// virtio-net devices.
     pub nics: Vec<Nic>,
@@ -268,7 +278,7 @@ impl Plan {
             let ids = if share.idmap { Ids::Mapped } else { Ids::Host };
             machine.shares.push(Share {
                 tag: share.tag.clone(),
-                path: format!("/{inside}"),
+                path: format!("../{inside}"),
                 read_only: share.read_only,
             });
             entries.push(entry("share", &share.source, inside, Kind::Directory, share.read_only, ids)?);
@@ -288,8 +298,8 @@ impl Plan {
         }
         for socket in &config.sockets {
             once(&mut names, "socket", &socket.port)?;
-            let inside = format!("socket/{}", socket.port);
-            machine.sockets.push((socket.port, format!("/{inside}")));
+            let inside = format!("{WORKING_DIRECTORY}/{}", socket.port);
+            machine.sockets.push((socket.port, socket.port.to_string()));
             entries.push(entry("socket", &socket.source, inside, Kind::Socket, false, Ids::Owned)?);
         }
         Ok(Self {
@@ -437,6 +447,9 @@ mod tests {
         let inside: Vec<_> = plan.entries.iter().map(|e| e.inside.to_str().expect("text")).collect();
         assert_eq!(inside, ["kernel", "root", "share/layers", "disk/upper", "socket/1024"]);
         assert_eq!(plan.machine.disks[0].path, "/disk/upper");
+        // From the working directory.
+        assert_eq!(plan.machine.shares[0].path, "../share/layers");
+        assert_eq!(plan.machine.sockets[0].1, "1024");
         assert!(plan.machine.disks[0].ephemeral);
         let init = format!("init=/{} loglevel=7", vm::AGENT_NAME);
         assert!(plan.machine.command_line.ends_with(&init), "{}", plan.machine.command_line);

@@ -16,7 +16,7 @@ use rustix::mount::{MountFlags, mount};
 
 use super::graft::{Graft, Source};
 use super::{JailError, Step, at, attributes, set_attributes};
-use crate::plan::{Entry, Ids, Kind, Plan};
+use crate::plan::{Entry, FILES, Ids, Kind, Plan, WORKING_DIRECTORY};
 
 const STAGE: &str = "root";
 
@@ -51,7 +51,9 @@ pub fn assemble(plan: &Plan, users: BorrowedFd<'_>, pods: BorrowedFd<'_>) -> Res
             .map_err(at(STAGE, format!("change owner of {}", node.display())))?;
     }
 
-    directory(&root.join("proc"))?;
+    for made in ["proc", FILES, WORKING_DIRECTORY] {
+        directory(&root.join(made))?;
+    }
     for entry in &plan.entries {
         put(entry, plan, if entry.ids == Ids::Mapped { pods } else { users })?;
     }

@@ -260,11 +260,14 @@ fn limits_hold() {
 /// Steps 7 and 9.
 fn root_holds_the_plan_and_nothing_else() {
     let mut sandbox = Setup::inner().start();
-    assert_eq!(sandbox.ask(&["list", "/"]), "dev disk kernel proc root share socket");
+    assert_eq!(sandbox.ask(&["list", "/"]), "dev disk files kernel proc root share socket");
     assert_eq!(sandbox.ask(&["list", "/dev"]), "kvm random urandom");
     assert_eq!(sandbox.ask(&["stat", "/dev/kvm"]), "0 0 600");
     assert_eq!(sandbox.ask(&["stat", "/dev/urandom"]), "0 0 400");
     assert_eq!(sandbox.ask(&["list", "/share"]), "layers volumes");
+    assert_eq!(sandbox.ask(&["list", "/files"]), "");
+    let cwd = fs::read_link(sandbox.proc("cwd")).expect("working directory");
+    assert!(cwd.ends_with("socket"), "{}", cwd.display());
     assert_eq!(sandbox.ask(&["list", "/disk"]), "upper");
     assert_eq!(sandbox.ask(&["read", "/kernel"]), "kernel");
     assert_eq!(sandbox.ask(&["read", "/root"]), "kernel", "the image of these tests is the kernel");
