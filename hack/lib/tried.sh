@@ -18,19 +18,6 @@ ok() {
     fi
 }
 
-# cannot NAME WHY COMMAND…: tries what does not work with a VM, and says so. It is a failure if it works after all: then
-# somebody has to take it out of the documents.
-cannot() {
-    local name=$1 why=$2 out
-    shift 2
-    if out=$("$@" 2>&1); then
-        failed=1
-        printf 'FAIL  %-58s\n%s\n' "$name" "it works, though $why"
-    else
-        printf 'not   %-58s %s\n' "$name" "$why"
-    fi
-}
-
 # says WORD COMMAND…: the command succeeds, and what it prints has the word.
 says() {
     local word=$1 out

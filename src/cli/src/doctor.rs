@@ -67,6 +67,7 @@ pub fn run(json: bool, out: &mut impl io::Write) -> anyhow::Result<bool> {
         host_network_kernel(),
         helpers(),
         containerd(),
+        fuse(),
     ];
     if json {
         serde_json::to_writer_pretty(&mut *out, &checks)?;
@@ -215,6 +216,19 @@ fn helpers() -> Check {
             Verdict::Fail,
             format!("nacelle-vmm and nacelle-agent are not together in {}", LIBEXEC.join(" or ")),
             "install both there, or name them in /etc/nacelle/nacelle.toml",
+        ),
+    }
+}
+
+fn fuse() -> Check {
+    const NAME: &str = "fuse";
+    match rustix::fs::open("/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
+        Ok(_) => Check::ok(NAME, "/dev/fuse opens for reading and writing"),
+        Err(e) => Check::new(
+            NAME,
+            Verdict::Warn,
+            format!("open /dev/fuse: {e}: `nerdctl cp` does not find the files of a running container"),
+            "load the module fuse",
         ),
     }
 }
