@@ -14,7 +14,7 @@
 //!  2  erofs                /snapshots/1/fsmeta.erofs         an image whose file data lies in others:
 //!                          device=…/0/layer.erofs,device=…
 //!  3  format/mkdir/overlay lowerdir={{ overlay 1 2 }}        the mount points of 1 to 2, topmost first
-//!                          upperdir={{ mount 0 }}/upper
+//!                          upperdir={{ mount 0 }}/upper  (or lowerdir={{ mount 1 }}:{{ mount 2 }})
 //!     format/bind          {{ mount 1 }}                     the mount point of 1
 //! ```
 
@@ -44,7 +44,7 @@ pub enum Lower {
     Upper(PathBuf),
     /// An EROFS image that is ready, and those that hold file data of it, in the order of its device table.
     Image(PathBuf, Vec<PathBuf>),
-    /// A disk for the writable side that the snapshotter would make: left out when it is not there, for then nothing is in it.
+    /// A disk for the writable side that the snapshotter would make: left out when it is not there, or nothing is in it.
     UpperDisk(PathBuf),
 }
 
@@ -238,11 +238,12 @@ fn overlay(mount: &Mount, parts: &mut Parts) -> Result<RootfsPlan, PlanError> {
     for option in &mount.options {
         match option.split_once('=') {
             Some(("lowerdir", value)) => {
-                lowers = match reference(value)? {
-                    Some(Reference::Mount(index, "")) => vec![parts.image(index, option)?],
-                    Some(Reference::Overlay(first, last)) => parts.images(first, last, option)?,
-                    Some(Reference::Mount(..)) => return Err(PlanError::Template(option.clone())),
-                    None => split_lowers(mount, option, value)?.into_iter().map(Lower::Snapshot).collect(),
+                lowers = if value.contains("{{") {
+                    // No path with a colon stands beside a reference, so every colon divides.
+                    let each = value.split(':').map(|part| named(part, option, parts));
+                    each.collect::<Result<Vec<_>, _>>()?.concat()
+                } else {
+                    split_lowers(mount, option, value)?.into_iter().map(Lower::Snapshot).collect()
                 }
             }
             Some(("lowerdir+", value)) => lowers.push(Lower::Snapshot(absolute("lowerdir", value)?)),
@@ -265,6 +266,16 @@ fn overlay(mount: &Mount, parts: &mut Parts) -> Result<RootfsPlan, PlanError> {
     read_only |= upper.is_none();
     lowers.extend(upper);
     Ok(RootfsPlan { lowers, read_only })
+}
+
+/// The lowers that one part of `lowerdir` names, topmost first.
+fn named(part: &str, option: &str, parts: &mut Parts) -> Result<Vec<Lower>, PlanError> {
+    match reference(part)? {
+        Some(Reference::Mount(index, "")) => Ok(vec![parts.image(index, option)?]),
+        Some(Reference::Overlay(first, last)) => parts.images(first, last, option),
+        Some(Reference::Mount(..)) => Err(PlanError::Template(option.into())),
+        None => Ok(vec![Lower::Snapshot(absolute("lowerdir", part)?)]),
+    }
 }
 
 /// How the ids of the layers' files are to be mapped, which [`plan`] does not say.
@@ -457,7 +468,13 @@ mod tests {
                 vec![one.clone(), two.clone(), upper_disk()],
                 false,
             ),
-            (vec![made, layer(1), on_disk("lowerdir={{ mount 1 }}")], vec![one, upper_disk()], false),
+            (vec![made.clone(), layer(1), on_disk("lowerdir={{ mount 1 }}")], vec![one.clone(), upper_disk()], false),
+            // One by one, and beside a directory.
+            (
+                vec![made, layer(2), layer(1), on_disk("lowerdir={{ mount 1 }}:{{ mount 2 }}:/s/0/fs")],
+                vec![Lower::Snapshot("/s/0/fs".into()), one, two, upper_disk()],
+                false,
+            ),
             // No parent.
             (
                 vec![disk, mount("format/mkdir/bind", "{{ mount 0 }}/upper", &["rw", "rbind"])],
@@ -492,7 +509,9 @@ mod tests {
             (vec![layer(), root("lowerdir={{ mount 0 }}/below")], "template"),
             (vec![layer(), root("lowerdir={{ source 0 }}")], "template"),
             (vec![layer(), root("lowerdir={{ mount -1 }}")], "template"),
-            (vec![layer(), root("lowerdir=/a:{{ mount 0 }}")], "template"),
+            (vec![layer(), root("lowerdir=a:{{ mount 0 }}")], "not an absolute path"),
+            (vec![layer(), root("lowerdir={{ mount 0 }}:")], "not an absolute path"),
+            (vec![layer(), root("lowerdir={{ mount 0 }}{{ mount 0 }}")], "template"),
             (vec![layer(), root("lowerdir={{ mount 0")], "template"),
             (vec![layer(), root("lowerdir=/a")], "mount 0 is not part of the root, which is mount 1"),
             (vec![layer(), layer(), root("lowerdir={{ mount 1 }}")], "mount 0 is not part"),

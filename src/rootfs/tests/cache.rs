@@ -321,9 +321,20 @@ fn an_upper_disk_that_is_not_made() {
     assert_eq!(shop.acquire(&lowers).unwrap().len(), 1);
     fs::write(shop.path("rwlayer.img"), "").unwrap();
     assert_eq!(shop.acquire(&lowers).unwrap().len(), 1);
-    fs::write(shop.path("rwlayer.img"), "ext4").unwrap();
+    // It was made, and nobody has written to it.
+    let disk = shop.path("rwlayer.img");
+    File::create(&disk).unwrap().set_len(16 << 20).unwrap();
+    run("e2fsprogs", "mkfs.ext4", &[&"-q", &disk]);
+    assert_eq!(shop.acquire(&lowers).unwrap().len(), 1);
+    fs::write(shop.path("file"), "text").unwrap();
+    let request = format!("write {} file", shop.path("file").display());
+    run("e2fsprogs", "debugfs", &[&"-w", &"-R", &request, &disk]);
     let error = shop.acquire(&lowers).unwrap_err().to_string();
     assert!(error.contains("rwlayer.img") && error.contains("cannot be taken over"), "{error}");
+    for other in ["ext4", &"x".repeat(4096)] {
+        fs::write(&disk, other).unwrap();
+        assert!(shop.acquire(&lowers).is_err(), "no file system");
+    }
 }
 
 /// A2: patches are one more lower, for this container alone.

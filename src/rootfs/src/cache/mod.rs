@@ -52,6 +52,7 @@ use crate::patch::PatchError;
 use crate::plan::{Lower, RootfsPlan};
 use crate::tar::{DiffId, TarError};
 use crate::tree::Tree;
+use crate::upper;
 use crate::verity::{self, Verity};
 use convert::{Temporary, ready};
 use sidecar::{Sidecar, Stamp, key_of, key_of_archive};
@@ -185,7 +186,7 @@ pub struct Layer {
 }
 
 /// Why a writable layer on a disk is refused once it exists.
-const WRITTEN: &str = "the snapshotter has made this disk, and its files cannot be taken over";
+const WRITTEN: &str = "this disk of the snapshotter's has been written to, and its files cannot be taken over";
 
 /// The store; opening it is cheap.
 #[derive(Debug)]
@@ -242,7 +243,7 @@ impl Cache {
             };
             let left_out = match lower {
                 Lower::Upper(dir) => is_empty(dir)?,
-                Lower::UpperDisk(disk) => !made(disk)?,
+                Lower::UpperDisk(disk) => !written(disk)?,
                 _ => false,
             };
             if layer.is_none() && !left_out {
@@ -450,12 +451,12 @@ impl Cache {
     }
 }
 
-/// A disk that a snapshotter names may not have been made yet.
-fn made(disk: &Path) -> Result<bool, CacheError> {
-    match fs::metadata(disk) {
-        Ok(metadata) => Ok(metadata.len() > 0),
+/// Whether something is on a disk that a snapshotter names: it may not have been made yet, or nobody has used it.
+fn written(disk: &Path) -> Result<bool, CacheError> {
+    let some = fs::metadata(disk).and_then(|metadata| Ok(metadata.len() > 0 && !upper::is_blank(disk)?));
+    match some {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(source) => Err(CacheError::Lower { path: disk.into(), source }),
+        other => other.map_err(|source| CacheError::Lower { path: disk.into(), source }),
     }
 }
 
