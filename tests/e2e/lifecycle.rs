@@ -12,6 +12,7 @@ use crate::Case;
 
 pub const CASES: &[Case] = &[
     Case::new("run_prints_and_exits", run_prints_and_exits),
+    Case::new("run_with_the_longest_name", run_with_the_longest_name),
     Case::new("run_passes_on_the_exit_code", run_passes_on_the_exit_code),
     Case::new("run_names_a_missing_binary", run_names_a_missing_binary),
     Case::new("exec_passes_on_exit_codes", exec_passes_on_exit_codes),
@@ -33,6 +34,13 @@ fn run_prints_and_exits(node: &Node) {
     let run = node.run(&["--rm"], BUSYBOX, &["sh", "-c", "echo out; echo err >&2"]).ok();
     assert_eq!(run.text(), "out");
     assert_eq!(run.err, "err\n");
+}
+
+/// 76 characters, which is what containerd allows.
+fn run_with_the_longest_name(node: &Node) {
+    let id = format!("{}-{}", "long".repeat(10), "name".repeat(8) + "end");
+    assert_eq!(id.len(), 76);
+    assert_eq!(node.run_as(&id, &["--rm"], BUSYBOX, &["echo", "ran"]).ok().text(), "ran");
 }
 
 fn run_passes_on_the_exit_code(node: &Node) {

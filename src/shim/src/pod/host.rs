@@ -1,6 +1,7 @@
 //! What a pod has on the host: directories, ids, the upper disk, volumes, a cgroup, sockets. Everything here blocks.
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -8,6 +9,7 @@ use std::time::Instant;
 
 use nacelle_protocol::vm::{AGENT_NAME, MOUNT_POINTS, Network};
 use nacelle_rootfs::{program, upper};
+use rustix::fs::{Mode, OFlags, open};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 
 use super::{Env, PodError, io_error};
@@ -209,7 +211,13 @@ fn limits(size: Size, cpu_shares: Option<u64>) -> cgroup::Limits {
 fn listen_at(path: &Path, uid: u32) -> io::Result<std::os::unix::net::UnixListener> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    // An address has 107 bytes, and names of containers and of containerd's namespaces are up to 76 long each.
+    let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let dir = open(dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let short = Path::new("/proc/self/fd").join(dir.as_raw_fd().to_string()).join(name);
+    bind(&socket, &SocketAddrUnix::new(&short)?)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     chown(path, Some(uid), Some(uid))?;
     listen(&socket, BACKLOG)?;
