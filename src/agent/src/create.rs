@@ -61,6 +61,7 @@ impl Guest {
             None => None,
         };
         let joined = Joined {
+            hostname: self.hostname.get().cloned().unwrap_or_default(),
             pids: if config.pod_pids { Some(self.pod_pids(users.map(PodUsers::path)).await?) } else { None },
             users: users.map(PodUsers::path),
         };

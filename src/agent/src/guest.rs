@@ -93,6 +93,8 @@ pub struct Guest {
     pub lowers: Arc<Lowers>,
     /// The disk with the uppers, if containers can be limited on it.
     pub limited_disk: OnceLock<PathBuf>,
+    /// The guest's name, as it was at first.
+    pub hostname: OnceLock<String>,
     /// Damage of layers is told.
     pub layers_watched: AtomicBool,
     /// The CPUs beside the first.
@@ -117,6 +119,7 @@ impl Guest {
             events: EventLog::default(),
             lowers: Arc::default(),
             limited_disk: OnceLock::new(),
+            hostname: OnceLock::new(),
             layers_watched: AtomicBool::new(false),
             cpus: Arc::default(),
             shutdown: Notify::new(),

@@ -120,6 +120,8 @@ impl Agent for Service {
         if !request.hostname.is_empty() {
             rustix::system::sethostname(request.hostname.as_bytes()).map_err(|error| internal(&error))?;
         }
+        // Configured once, so set once. A guest that is given no name has the kernel's.
+        let _ = self.guest.hostname.set(rustix::system::uname().nodename().to_string_lossy().into_owned());
         // The kernel does what it is asked for at once, so the mounts need not be awaited in between.
         network::configure(&request.network).await.map_err(|error| internal(&error))?;
         let mounting = tokio::task::spawn_blocking(move || {

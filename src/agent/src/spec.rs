@@ -105,9 +105,11 @@ pub struct ExecPlan {
     pub owner: (u32, u32),
 }
 
-/// Namespaces of the pod that a container joins.
+/// Namespaces of the pod that a container joins, and what it takes from the pod otherwise.
 #[derive(Debug, Default)]
 pub struct Joined {
+    /// Host name of a container that has a UTS namespace of its own and no name for it.
+    pub hostname: String,
     /// A process whose PID namespace it joins, instead of one of its own.
     pub pids: Option<u32>,
     /// Path of its user namespace.
@@ -172,6 +174,9 @@ pub fn plan(spec: serde_json::Value, id: &str, terminal: bool, joined: &Joined) 
         // The name is the guest's.
         spec.set_hostname(None);
         spec.set_domainname(None);
+    } else if spec.hostname().is_none() && !joined.hostname.is_empty() {
+        // And not what another container may have made of the guest's name meanwhile.
+        spec.set_hostname(Some(joined.hostname.clone()));
     }
     root.set_path(rootfs_path(id));
     spec.set_root(Some(root));
@@ -349,6 +354,13 @@ mod tests {
         let linux = plan.spec.linux().as_ref().expect("linux");
         assert!(linux.seccomp().is_none() && linux.resources().is_none() && plan.spec.hooks().is_none());
         assert!(plan.spec.hostname().is_none(), "no UTS namespace of its own");
+        let mut named = self::spec();
+        named["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "uts"}]);
+        let joined = Joined { hostname: "guest".into(), ..Joined::default() };
+        let hostname = |spec| self::plan(spec, "c1", true, &joined).expect("plan").spec.hostname().clone();
+        assert_eq!(hostname(named.clone()).as_deref(), Some("pod"));
+        named["hostname"] = serde_json::Value::Null;
+        assert_eq!(hostname(named).as_deref(), Some("guest"));
         assert_eq!(process.cwd(), Path::new("/"));
         assert_eq!(process.no_new_privileges(), None);
         assert!(process.apparmor_profile().is_none());
@@ -386,7 +398,7 @@ mod tests {
             { "destination": "/data", "type": "bind", "source": "/v", "options": ["rbind", "rw"] },
             { "destination": "/proc", "type": "proc", "source": "proc" },
         ]);
-        let joined = Joined { pids: None, users: Some("/proc/1/fd/9".into()) };
+        let joined = Joined { users: Some("/proc/1/fd/9".into()), ..Joined::default() };
         let plan = plan(spec, "c1", false, &joined).expect("plan");
         let namespaces = plan.spec.linux().as_ref().and_then(|l| l.namespaces().clone()).expect("namespaces");
         let users = namespaces.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::User).expect("user");

@@ -149,10 +149,17 @@ impl Sandbox for SandboxService {
     ) -> ttrpc::Result<SandboxStatusResponse> {
         let state = self.state(&request.sandbox_id).await?;
         let ready = state.phase == Phase::Running && state.exit.is_none();
+        let ready = if ready { READY } else { NOT_READY };
+        let mut info = HashMap::new();
+        if request.verbose {
+            info.insert("pid".to_owned(), state.pid.to_string());
+            info.insert("state".to_owned(), ready.to_owned());
+        }
         Ok(SandboxStatusResponse {
+            info,
             sandbox_id: request.sandbox_id,
             pid: state.pid,
-            state: if ready { READY } else { NOT_READY }.to_owned(),
+            state: ready.to_owned(),
             created_at: self.created().map(timestamp).into(),
             exited_at: exited_at(state.exit),
             ..Default::default()

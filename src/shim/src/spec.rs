@@ -322,6 +322,11 @@ fn linux_section(
     for host_namespace in host.namespaces().iter().flatten() {
         namespaces.extend(namespace(host_namespace, in_pod, pod_pids)?);
     }
+    let names_itself = host.namespaces().iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::Uts);
+    if in_pod && !names_itself {
+        // It would have the host's name. There is no host in a guest, and the pod's name it has not asked for.
+        namespaces.push(json!({ "type": "uts" }));
+    }
     let mut out = Map::new();
     out.insert("namespaces".into(), Value::Array(namespaces));
     out.insert("cgroupsPath".into(), json!(format!("/{id}")));

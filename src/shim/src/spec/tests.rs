@@ -139,6 +139,12 @@ fn a_pod_shares_the_guests_namespaces() {
     json["linux"]["namespaces"][2] = json!({ "type": "pid", "path": "/proc/4321/ns/pid" });
     let translation = run(json.clone(), Some(&pod)).expect("translate");
     assert!(translation.pod_pids && translation.spec["linux"]["namespaces"][0] == json!({ "type": "pid" }));
+    let mut nameless = json.clone();
+    nameless["linux"]["namespaces"] = json!([{ "type": "mount" }]);
+    let translation = run(nameless.clone(), Some(&pod)).expect("translate");
+    assert_eq!(translation.spec["linux"]["namespaces"], json!([{ "type": "mount" }, { "type": "uts" }]));
+    let alone = run(nameless, None).expect("translate");
+    assert_eq!(alone.spec["linux"]["namespaces"], json!([{ "type": "mount" }]), "the guest is its own");
     json["linux"]["namespaces"][3] = json!({ "type": "mount", "path": "/proc/1/ns/mnt" });
     assert!(matches!(run(json, Some(&pod)), Err(SpecError::Namespace(_))), "nobody shares mounts");
 }
@@ -198,7 +204,8 @@ fn user_namespaces_are_one_range() {
     let good = spec(map(0, 65_536, 65_536), map(0, 65_536, 65_536));
     let translation = run(good.clone(), Some(&pod)).expect("translate");
     assert_eq!(translation.users, Some(Users { first: 65_536, count: 65_536 }));
-    assert_eq!(translation.spec["linux"]["namespaces"], json!([{ "type": "mount" }]), "the agent joins it");
+    let namespaces = &translation.spec["linux"]["namespaces"];
+    assert_eq!(*namespaces, json!([{ "type": "mount" }, { "type": "uts" }]), "the agent joins it");
     assert_eq!(translation.spec["mounts"][0]["options"], json!(["rbind"]));
     let mapped: Vec<_> = translation.volumes.iter().map(|volume| Volume::is_mapped(&volume.name)).collect();
     assert_eq!(mapped, [true, false]);
