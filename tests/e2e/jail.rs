@@ -97,8 +97,19 @@ fn what_the_vmm_sees(node: &Node) {
     inside.sort_unstable();
     assert_eq!(
         inside,
-        ["/", "/dev", "/disk/upper", "/kernel", "/proc", "/root", "/share/layers", "/socket/1024", "/socket/1025"],
-        "the plan's entries, and nothing else: {jail}"
+        [
+            "/",
+            "/dev",
+            "/disk/upper",
+            "/kernel",
+            "/proc",
+            "/proc",
+            "/root",
+            "/share/layers",
+            "/socket/1024",
+            "/socket/1025"
+        ],
+        "the plan's entries, /proc once more in the root that is shown, and nothing else: {jail}"
     );
     for mount in mounts {
         let (inside, options) = (mount["inside"].as_str().expect("text"), mount["options"].as_str().expect("text"));

@@ -1,7 +1,7 @@
 #!/usr/bin/python3
-"""Measures inside the testbed, beside a containerd: measure.py [--repeat N]
+"""Measures inside the testbed, beside a containerd: measure.py [--repeat N] [--unit NAME]
 
-Numbers are thousand executed instructions of the whole machine (Ki): for each MiB that iperf3 has moved, and for each round
+Numbers are thousand executed instructions of the whole machine (Ki), or microseconds where its clock is the host's: for each MiB that iperf3 has moved, and for each round
 trip of ping.
 """
 
@@ -107,14 +107,15 @@ def measure(runtime):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--unit", default="Ki")
     options = parser.parse_args()
     run("ctr", "image", "import", f"{PAYLOAD}/busybox.tar")
     base = next(iter(PEERS))
     tables = {
-        "in": Table("B14 iperf3, node → container: Ki a MiB", base),
-        "out": Table("    iperf3, container → node: Ki a MiB", base),
-        "ping in": Table("    ping, node → container and back: Ki", base),
-        "ping out": Table("    ping, container → node and back: Ki", base),
+        "in": Table(f"B14 iperf3, node → container: {options.unit} a MiB", base),
+        "out": Table(f"    iperf3, container → node: {options.unit} a MiB", base),
+        "ping in": Table(f"    ping, node → container and back: {options.unit}", base),
+        "ping out": Table(f"    ping, container → node and back: {options.unit}", base),
     }
     for number in range(-1, options.repeat):
         for name, runtime in PEERS.items():

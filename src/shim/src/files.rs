@@ -105,15 +105,17 @@ impl FilesError {
 /// [`FilesError`]; the VMM's root is what it was, and nothing else suffers.
 pub async fn show(pod: &Arc<Pod>, id: &ContainerId) -> Result<(), PodError> {
     let vmm = pod.vm.pid();
-    let device = blocking("show files", move || {
+    let opened = blocking("show files", move || {
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
         let device = open(DEVICE, flags, Mode::empty()).map_err(|e| FilesError::Device(e.into()))?;
-        root::show(&device, vmm)?;
-        Ok::<_, FilesError>(device)
+        let mount = root::mount(&device)?;
+        Ok::<_, FilesError>((device, mount))
     });
-    let files = Files::new(device.await?)?;
+    // Mounted first: until then the device tells nobody who waits for it.
+    let (device, mount) = opened.await?;
+    let files = Files::new(device)?;
     let (pod, id) = (pod.clone(), id.clone());
-    tokio::spawn(async move {
+    let serving = tokio::spawn(async move {
         let end = tokio::select! {
             end = files.serve(&pod, &id) => end,
             // With the device goes the file system.
@@ -130,7 +132,11 @@ pub async fn show(pod: &Arc<Pod>, id: &ContainerId) -> Result<(), PodError> {
             }
         }
     });
-    Ok(())
+    let shown = blocking("show files", move || root::show(mount, vmm)).await;
+    if shown.is_err() {
+        serving.abort();
+    }
+    shown
 }
 
 /// Questions that wait for an answer.
@@ -196,7 +202,7 @@ impl Files {
         let Some(init) = self.read().await? else { return Ok(()) };
         self.write(&init.init_answer().ok_or(FilesError::Kernel)?);
         loop {
-            let Some(first) = self.read().await? else { return Ok(()) };
+            let Some(first) = self.next().await? else { return Ok(()) };
             if first.kind() != Kind::Question {
                 continue;
             }
@@ -232,7 +238,7 @@ impl Files {
         for message in before {
             self.send(&mut guest, &message).await?;
         }
-        while let Some(message) = self.read().await? {
+        while let Some(message) = self.next().await? {
             self.send(&mut guest, &message).await?;
         }
         Ok(())
@@ -274,7 +280,19 @@ impl Files {
         }
     }
 
-    /// The next message; `None` when the file system is unmounted.
+    /// The next message that the shim does not answer itself; `None` when the file system is unmounted.
+    async fn next(&self) -> Result<Option<Message>, FilesError> {
+        loop {
+            match self.read().await? {
+                Some(message) => match message.proc_answer() {
+                    Some(answer) => drop(self.write(&answer)),
+                    None => return Ok(Some(message)),
+                },
+                None => return Ok(None),
+            }
+        }
+    }
+
     async fn read(&self) -> Result<Option<Message>, FilesError> {
         loop {
             let mut guard = self.device.readable().await.map_err(FilesError::Io)?;

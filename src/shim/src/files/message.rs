@@ -7,6 +7,10 @@
 //!  FUSE_INIT           u32 major │ u32 minor │ u32 read ahead │ u32 flags │ …
 //!  its answer          u32 major │ u32 minor │ u32 read ahead │ u32 flags │ u16 background │ u16 congestion
 //!                      u32 most data of a write │ u32 ns of a time │ 9 × u32 0                        64 bytes
+//!
+//!  FUSE_LOOKUP         name, 0
+//!  its answer          u64 node │ u64 0 │ u64 s the name is good │ u64 s the attributes are │ u32 0 │ u32 0
+//!                      u64 inode │ 5 × u64 0 │ 3 × u32 0 │ u32 mode │ u32 links │ 5 × u32 0           128 bytes
 //! ```
 
 use nacelle_protocol::agent::{FILES_DATA, FILES_HEADER, FILES_MESSAGE};
@@ -15,6 +19,7 @@ use rustix::io::Errno;
 /// Length of an answer's header.
 pub const ANSWER_HEADER: usize = 16;
 
+const LOOKUP: u32 = 1;
 const FORGET: u32 = 2;
 const INIT: u32 = 26;
 const INTERRUPT: u32 = 36;
@@ -22,6 +27,15 @@ const BATCH_FORGET: u32 = 42;
 
 /// The interface that is spoken: 7.31, which every kernel since Linux 5.4 knows.
 const VERSION: (u32, u32) = (7, 31);
+/// Node of the root (FUSE_ROOT_ID).
+const ROOT: u64 = 1;
+/// Node of [`PROC`], which no server of a guest's comes to by counting.
+const PROC_NODE: u64 = u64::MAX;
+/// For ever.
+const GOOD: u64 = 1 << 32;
+/// The name in the root that the shim answers for: a directory to mount on.
+pub const PROC: &str = "proc";
+
 /// What the kernel may do: read ahead of those who ask (FUSE_ASYNC_READ), and write more than a page (FUSE_BIG_WRITES).
 const FLAGS: u32 = 1 | 1 << 5;
 /// Messages that may wait for something in the background, and from how many on there are too many.
@@ -109,6 +123,26 @@ impl Message {
     }
 }
 
+impl Message {
+    /// The answer to the question for [`PROC`] in the root; `None` for all others.
+    pub fn proc_answer(&self) -> Option<Vec<u8>> {
+        let name = self.0[FILES_HEADER..].split_last().filter(|(end, _)| **end == 0)?.1;
+        if number(&self.0, 4) != LOOKUP || long(&self.0, 16) != ROOT || name != PROC.as_bytes() {
+            return None;
+        }
+        let mut answer = refusal(self.unique(), Errno::IO).to_vec();
+        answer[4..8].fill(0);
+        answer.extend([PROC_NODE, 0, GOOD, GOOD, 0, PROC_NODE].iter().flat_map(|word| word.to_ne_bytes()));
+        answer.resize(answer.len() + 5 * 8 + 3 * 4, 0);
+        // A directory that everybody may pass.
+        answer.extend([0o040_555u32, 2].iter().flat_map(|word| word.to_ne_bytes()));
+        answer.resize(ANSWER_HEADER + 128, 0);
+        let length = answer.len() as u32;
+        answer[..4].copy_from_slice(&length.to_ne_bytes());
+        Some(answer)
+    }
+}
+
 /// The answer that says no.
 pub fn refusal(unique: u64, errno: Errno) -> [u8; ANSWER_HEADER] {
     let mut answer = [0; ANSWER_HEADER];
@@ -134,7 +168,11 @@ fn number(bytes: &[u8], at: usize) -> u32 {
 }
 
 fn unique(bytes: &[u8]) -> u64 {
-    bytes[8..].first_chunk().map_or(0, |bytes| u64::from_ne_bytes(*bytes))
+    long(bytes, 8)
+}
+
+fn long(bytes: &[u8], at: usize) -> u64 {
+    bytes[at..].first_chunk().map_or(0, |bytes| u64::from_ne_bytes(*bytes))
 }
 
 #[cfg(test)]
@@ -174,6 +212,28 @@ mod tests {
             assert!(message(INIT, 2, &other).init_answer().is_none());
         }
         assert!(message(INIT, 2, &[7]).init_answer().is_none(), "cut short");
+    }
+
+    #[test]
+    fn the_place_for_proc_is_the_shims() {
+        let lookup = |opcode: u32, node: u64, name: &[u8]| {
+            let mut message = message(opcode, 4, &[]).0;
+            message.extend(name);
+            let length = message.len() as u32;
+            message[..4].copy_from_slice(&length.to_ne_bytes());
+            message[16..24].copy_from_slice(&node.to_ne_bytes());
+            Message::new(message).expect("message").proc_answer()
+        };
+        let answer = lookup(1, 1, b"proc\0").expect("an answer");
+        assert_eq!((answer.len(), number(&answer, 0), unique(&answer)), (144, 144, 4));
+        // Behind entry_out's 40 bytes, six numbers of 8 and three of 4: the mode.
+        assert_eq!((long(&answer, 16), number(&answer, 16 + 40 + 60)), (u64::MAX, 0o040_555));
+        for other in
+            [lookup(1, 1, b"process\0"), lookup(1, 2, b"proc\0"), lookup(3, 1, b"proc\0"), lookup(1, 1, b"proc")]
+        {
+            assert!(other.is_none());
+        }
+        assert!(lookup(1, 1, b"").is_none());
     }
 
     #[test]

@@ -4,59 +4,67 @@
 //!  mounts of the jail             before                 after
 //!  /          tmpfs               the VMM's root         on top of the new root, where no path leads
 //!  /files     FUSE                -                      the VMM's root
+//!  /files/proc                    -                      /proc of the jail, once more
 //!  /socket    its directory       working directory      the same
 //! ```
 //!
-//! What the VMM still opens by name it opens from its working directory, so it notices nothing; its Landlock rules hold for
-//! nothing in the new root. Nothing here asks the file system anything: there is nobody yet who would answer.
+//! What the VMM still opens by name it opens from its working directory, or it is in `/proc/self/fd` (libkrun's file server, for
+//! attributes of links), so it notices nothing; its Landlock rules hold for nothing else in the new root. The guest is asked
+//! nothing here and by nothing that the VMM does: the shim answers for `proc` itself, for ever. It has to serve meanwhile.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::CWD;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string,
-    fsmount, fsopen, move_mount,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create, fsconfig_set_flag,
+    fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
 };
 use rustix::process::pivot_root;
 
 use super::FilesError;
+use super::message::PROC;
 
 /// Where the jail has a place for it.
 const PLACE: &str = "/files";
 
-/// Makes the file system of `device` the root of process `vmm`. Blocks.
+/// Makes the file system that [`mount`] has made the root of process `vmm`. Blocks.
 ///
 /// # Errors
 /// [`FilesError::Root`] with what failed; the process keeps its root.
-pub fn show(device: &OwnedFd, vmm: u32) -> Result<(), FilesError> {
+pub fn show(files: OwnedFd, vmm: u32) -> Result<(), FilesError> {
     // A thread of its own: it leaves this process's mounts for good.
-    std::thread::scope(|scope| {
-        let work = std::thread::Builder::new().name("files".into()).spawn_scoped(scope, || enter(device.as_fd(), vmm));
-        let work = work.map_err(failed("start thread"))?;
-        work.join().unwrap_or_else(|_| Err(failed("end thread")(io::ErrorKind::Interrupted)))
-    })
+    let work = std::thread::Builder::new().name("files".into()).spawn(move || enter(files, vmm));
+    let work = work.map_err(failed("start thread"))?;
+    work.join().unwrap_or_else(|_| Err(failed("end thread")(io::ErrorKind::Interrupted)))
 }
 
 fn failed<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> FilesError {
     move |error| FilesError::Root { what, source: error.into() }
 }
 
-fn enter(device: BorrowedFd<'_>, vmm: u32) -> Result<(), FilesError> {
+fn enter(files: OwnedFd, vmm: u32) -> Result<(), FilesError> {
     let mounts = File::open(format!("/proc/{vmm}/ns/mnt")).map_err(failed("open mount namespace of the VMM"))?;
-    let files = mount(device)?;
     unshare(CloneFlags::CLONE_FS).map_err(failed("leave the shim's directories"))?;
     setns(mounts, CloneFlags::CLONE_NEWNS).map_err(failed("enter mount namespace of the VMM"))?;
-    move_mount(files, "", CWD, PLACE, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(failed("mount files"))?;
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let proc = open_tree(CWD, "/proc", flags).map_err(failed("copy mount of proc"))?;
+    let empty = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    move_mount(files, "", CWD, PLACE, empty).map_err(failed("mount files"))?;
+    move_mount(proc, "", CWD, format!("{PLACE}/{PROC}"), empty).map_err(failed("mount proc"))?;
     // The old root on top of the new one in the same place, and by its name: to go there would ask for leave.
     pivot_root(PLACE, PLACE).map_err(failed("pivot root"))
 }
 
-/// The host's own root asks, for files whose owners are the guest's: nobody else gets further than modes allow, and nothing
-/// in there is a device or a program to the host.
-fn mount(device: BorrowedFd<'_>) -> Result<OwnedFd, FilesError> {
+/// Makes the file system of a FUSE device, mounted nowhere yet. Nothing in it is a device or a program to the host. Who gets as
+/// far as here is root of the host or the VMM itself (proc_pid_root(5)), so that modes need not be looked at, which the guest
+/// would have to be asked for.
+///
+/// # Errors
+/// [`FilesError::Root`].
+pub fn mount(device: &OwnedFd) -> Result<OwnedFd, FilesError> {
     let set = failed("describe files");
     let described = || -> rustix::io::Result<OwnedFd> {
         let fs = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
@@ -66,7 +74,6 @@ fn mount(device: BorrowedFd<'_>) -> Result<OwnedFd, FilesError> {
             fsconfig_set_string(fs.as_fd(), key, value)?;
         }
         fsconfig_set_flag(fs.as_fd(), "allow_other")?;
-        fsconfig_set_flag(fs.as_fd(), "default_permissions")?;
         fsconfig_create(fs.as_fd())?;
         Ok(fs)
     };
