@@ -1,8 +1,8 @@
 #!/usr/bin/python3
 """Measures inside the testbed, beside a containerd: measure.py [--repeat N] [--unit NAME]
 
-Numbers are thousand executed instructions of the whole machine (Ki), or microseconds where its clock is the host's: for each MiB that iperf3 has moved, and for each round
-trip of ping.
+Numbers are thousand executed instructions of the whole machine (Ki), or microseconds where its clock is the host's: for each
+MiB that iperf3 has moved, and for each round trip of ping.
 """
 
 import argparse

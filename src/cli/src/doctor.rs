@@ -88,17 +88,17 @@ pub fn run(json: bool, out: &mut impl io::Write) -> anyhow::Result<bool> {
     Ok(!checks.iter().any(|c| c.verdict == Verdict::Fail))
 }
 
-fn kvm() -> Check {
-    const NAME: &str = "kvm";
-    match rustix::fs::open("/dev/kvm", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
-        Ok(_) => Check::ok(NAME, "/dev/kvm opens for reading and writing"),
-        Err(e) => Check::new(
-            NAME,
-            Verdict::Fail,
-            format!("open /dev/kvm: {e}"),
-            "load the module kvm_amd or kvm_intel, and switch virtualization on in the firmware or, in a VM, nested virtualization",
-        ),
+/// A device of the host's that the shim or the VMM opens. `without` is how bad it is without it, and `then` what does not work.
+fn device(name: &'static str, path: &str, without: Verdict, then: &str, remedy: &str) -> Check {
+    match rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
+        Ok(_) => Check::ok(name, format!("{path} opens for reading and writing")),
+        Err(e) => Check::new(name, without, format!("open {path}: {e}{then}"), remedy),
     }
+}
+
+fn kvm() -> Check {
+    let remedy = "load the module kvm_amd or kvm_intel, and switch virtualization on in the firmware or, in a VM, nested virtualization";
+    device("kvm", "/dev/kvm", Verdict::Fail, "", remedy)
 }
 
 fn cpu(cpuinfo: &str) -> Check {
@@ -221,16 +221,8 @@ fn helpers() -> Check {
 }
 
 fn fuse() -> Check {
-    const NAME: &str = "fuse";
-    match rustix::fs::open("/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
-        Ok(_) => Check::ok(NAME, "/dev/fuse opens for reading and writing"),
-        Err(e) => Check::new(
-            NAME,
-            Verdict::Warn,
-            format!("open /dev/fuse: {e}: `nerdctl cp` does not find the files of a running container"),
-            "load the module fuse",
-        ),
-    }
+    let then = ": `nerdctl cp` does not find the files of a running container";
+    device("fuse", "/dev/fuse", Verdict::Warn, then, "load the module fuse")
 }
 
 fn containerd() -> Check {

@@ -28,7 +28,7 @@ use tokio::time::timeout;
 use crate::bundle::{Bundle, Role};
 use crate::guest::GuestError;
 use crate::pod::Pod;
-use crate::stream::{PREAMBLE_DEADLINE, PumpError, pump_output};
+use crate::stream::{PumpError, pump_output};
 
 /// How long an exit may be held back by the export that follows it.
 pub const PATIENCE: Duration = Duration::from_secs(2);
@@ -164,8 +164,7 @@ impl Export {
         let mut ticket = pod.hub.expect().map_err(broken)?;
         pod.guest.export(id, ticket.id()).await?;
         // It was dialled before the guest answered.
-        let socket = timeout(PREAMBLE_DEADLINE, ticket.socket()).await.ok().flatten();
-        let socket = socket.ok_or_else(|| ExportError::BrokenOff(self.dir.clone()))?;
+        let socket = ticket.dialled().await.ok_or_else(|| ExportError::BrokenOff(self.dir.clone()))?;
         let (reader, writer) = io::pipe().map_err(broken)?;
         let sink = pipe::Sender::from_owned_fd(writer.into()).map_err(broken)?;
         let bytes = self.bytes;

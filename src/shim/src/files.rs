@@ -34,7 +34,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::guest::GuestError;
 use crate::pod::{Pod, PodError, blocking};
-use crate::stream::{PREAMBLE_DEADLINE, PumpError, pump_input, pump_output};
+use crate::stream::{PumpError, pump_input, pump_output};
 
 mod message;
 mod root;
@@ -330,9 +330,8 @@ async fn dial(pod: &Pod, id: &ContainerId) -> Result<Streams, FilesError> {
         (pod.hub.expect().map_err(FilesError::Io)?, pod.hub.expect().map_err(FilesError::Io)?);
     pod.guest.files(id, input.id(), output.id()).await?;
     // They were dialled before the guest answered.
-    let dialled = timeout(PREAMBLE_DEADLINE, async { tokio::join!(input.socket(), output.socket()) }).await;
-    match dialled {
-        Ok((Some(input), Some(output))) => Ok(Streams { input, output }),
+    match tokio::join!(input.dialled(), output.dialled()) {
+        (Some(input), Some(output)) => Ok(Streams { input, output }),
         _ => Err(FilesError::Silent),
     }
 }

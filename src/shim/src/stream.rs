@@ -98,6 +98,11 @@ impl Ticket {
         self.hub.conduct.clone()
     }
 
+    /// The connection that the guest says it has made; `None` when it has not, or the hub has been closed.
+    pub async fn dialled(&mut self) -> Option<UnixStream> {
+        timeout(PREAMBLE_DEADLINE, self.socket()).await.ok().flatten()
+    }
+
     /// The connection; `None` when the hub has been closed.
     pub async fn socket(&mut self) -> Option<UnixStream> {
         (&mut self.socket).await.ok()

@@ -107,49 +107,49 @@ impl Message {
         if major != VERSION.0 || minor < VERSION.1 {
             return None;
         }
-        let mut answer = vec![0; ANSWER_HEADER];
         let words = [VERSION.0, VERSION.1, ahead, offered & FLAGS];
-        answer.extend(words.iter().flat_map(|word| word.to_ne_bytes()));
-        answer.extend(BACKGROUND.0.to_ne_bytes());
-        answer.extend(BACKGROUND.1.to_ne_bytes());
-        answer.extend((FILES_DATA as u32).to_ne_bytes());
+        let mut body: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        body.extend(BACKGROUND.0.to_ne_bytes());
+        body.extend(BACKGROUND.1.to_ne_bytes());
+        body.extend((FILES_DATA as u32).to_ne_bytes());
         // Times count nanoseconds.
-        answer.extend(1u32.to_ne_bytes());
-        answer.resize(ANSWER_HEADER + 64, 0);
-        let length = answer.len() as u32;
-        answer[..4].copy_from_slice(&length.to_ne_bytes());
-        answer[8..16].copy_from_slice(&self.unique().to_ne_bytes());
-        Some(answer)
+        body.extend(1u32.to_ne_bytes());
+        body.resize(64, 0);
+        Some(self.answered(&body))
     }
-}
 
-impl Message {
     /// The answer to the question for [`PROC`] in the root; `None` for all others.
     pub fn proc_answer(&self) -> Option<Vec<u8>> {
         let name = self.0[FILES_HEADER..].split_last().filter(|(end, _)| **end == 0)?.1;
         if number(&self.0, 4) != LOOKUP || long(&self.0, 16) != ROOT || name != PROC.as_bytes() {
             return None;
         }
-        let mut answer = refusal(self.unique(), Errno::IO).to_vec();
-        answer[4..8].fill(0);
-        answer.extend([PROC_NODE, 0, GOOD, GOOD, 0, PROC_NODE].iter().flat_map(|word| word.to_ne_bytes()));
-        answer.resize(answer.len() + 5 * 8 + 3 * 4, 0);
+        let words = [PROC_NODE, 0, GOOD, GOOD, 0, PROC_NODE];
+        let mut body: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        body.resize(body.len() + 5 * 8 + 3 * 4, 0);
         // A directory that everybody may pass.
-        answer.extend([0o040_555u32, 2].iter().flat_map(|word| word.to_ne_bytes()));
-        answer.resize(ANSWER_HEADER + 128, 0);
-        let length = answer.len() as u32;
-        answer[..4].copy_from_slice(&length.to_ne_bytes());
-        Some(answer)
+        body.extend([0o040_555u32, 2].iter().flat_map(|word| word.to_ne_bytes()));
+        body.resize(128, 0);
+        Some(self.answered(&body))
+    }
+
+    /// The answer with this body.
+    fn answered(&self, body: &[u8]) -> Vec<u8> {
+        [&header(ANSWER_HEADER + body.len(), 0, self.unique())[..], body].concat()
     }
 }
 
 /// The answer that says no.
 pub fn refusal(unique: u64, errno: Errno) -> [u8; ANSWER_HEADER] {
-    let mut answer = [0; ANSWER_HEADER];
-    answer[..4].copy_from_slice(&(ANSWER_HEADER as u32).to_ne_bytes());
-    answer[4..8].copy_from_slice(&(-errno.raw_os_error()).to_ne_bytes());
-    answer[8..].copy_from_slice(&unique.to_ne_bytes());
-    answer
+    header(ANSWER_HEADER, -errno.raw_os_error(), unique)
+}
+
+fn header(length: usize, error: i32, unique: u64) -> [u8; ANSWER_HEADER] {
+    let mut header = [0; ANSWER_HEADER];
+    header[..4].copy_from_slice(&(length as u32).to_ne_bytes());
+    header[4..8].copy_from_slice(&error.to_ne_bytes());
+    header[8..].copy_from_slice(&unique.to_ne_bytes());
+    header
 }
 
 /// Length of the answer that begins with this header, and whom it answers; `None` for what the kernel would not take.
