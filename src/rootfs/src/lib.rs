@@ -16,6 +16,8 @@
 //!  image ──verity::append──► the same, and behind it the tree of its digests
 //!
 //!  a static program ──program::image──► the root of the machine that runs it
+//!
+//!  disk image ──disk::chain──► the files of the host that it comes to
 //! ```
 //!
 //! This crate knows nothing of virtual machines, guests, pods, RPC or async code, and it never mounts anything. What it reads was
@@ -24,6 +26,7 @@
 pub mod builder;
 pub mod cache;
 pub mod changes;
+pub mod disk;
 pub mod erofs;
 pub mod layer;
 mod lock;

@@ -1,0 +1,380 @@
+//! Disk images of the host: which format they have, and which other files they lead to.
+//!
+//! ```text
+//!  disk.qcow2 ──backing file──► base.qcow2 ──backing file──► base.raw
+//!       └──────external data file──► disk.data
+//!
+//!  disk.vmdk  ──extents──► disk-f001.vmdk, disk-f002.vmdk       (raw pieces, whatever they are called)
+//! ```
+//!
+//! Whoever makes an image can write any name of the host into it, and the VMM opens what it finds there. So nacelle reads the names
+//! first ([`references`], [`chain`]), and the VMM's jail gets those files that are allowed, and no others. A format is always given:
+//! by whoever asks, or by the image that refers to the file. It is never found out from the content, because a guest writes that.
+
+mod chain;
+mod qcow2;
+mod vmdk;
+
+use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use rustix::fs::{FileType, Mode, OFlags, SeekFrom};
+use serde::de::{Deserialize, Deserializer, Error};
+use serde::ser::{Serialize, Serializer};
+
+pub use chain::{ChainError, DEPTH, Member, chain};
+
+/// How a disk image is laid out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Format {
+    /// The bytes of the disk and nothing else.
+    Raw,
+    /// QEMU's copy-on-write format.
+    Qcow2,
+    /// VMware's format: a text that names flat pieces. Sparse pieces and parents are refused.
+    Vmdk,
+}
+
+impl Format {
+    /// All of them.
+    pub const ALL: [Format; 3] = [Format::Raw, Format::Qcow2, Format::Vmdk];
+
+    /// Its name in texts, which is its extension as well.
+    pub fn name(self) -> &'static str {
+        match self {
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+            Format::Vmdk => "vmdk",
+        }
+    }
+
+    /// The format that a file's extension stands for, which must be exactly `raw`, `qcow2` or `vmdk`.
+    pub fn of_extension(path: &Path) -> Option<Format> {
+        let extension = path.extension()?.to_str()?;
+        Format::ALL.into_iter().find(|format| format.name() == extension)
+    }
+
+    /// As JSON has it.
+    fn pascal(self) -> &'static str {
+        match self {
+            Format::Raw => "Raw",
+            Format::Qcow2 => "Qcow2",
+            Format::Vmdk => "Vmdk",
+        }
+    }
+}
+
+/// The formats, for messages.
+pub(crate) const FORMATS: &str = "raw, qcow2 and vmdk";
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A text that is no format.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("disk format {0:?} is unknown: there are {FORMATS}")]
+pub struct UnknownFormat(pub String);
+
+impl FromStr for Format {
+    type Err = UnknownFormat;
+
+    fn from_str(text: &str) -> Result<Format, UnknownFormat> {
+        let found = Format::ALL.into_iter().find(|format| format.name() == text);
+        found.ok_or_else(|| UnknownFormat(text.to_owned()))
+    }
+}
+
+impl Serialize for Format {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(self.pascal())
+    }
+}
+
+impl<'de> Deserialize<'de> for Format {
+    /// Takes `"Qcow2"` and `"qcow2"`.
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Format, D::Error> {
+        let text = String::deserialize(from)?;
+        let pascal = Format::ALL.into_iter().find(|format| format.pascal() == text);
+        pascal.map_or_else(|| text.parse().map_err(D::Error::custom), Ok)
+    }
+}
+
+/// Why a text is no type of a file system.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FstypeError {
+    /// Nothing is there.
+    #[error("file system type is empty")]
+    Empty,
+    /// It has a character that would end it where options are written down.
+    #[error("file system type {0:?} has one of \", ; : =\"")]
+    Character(String),
+}
+
+/// Looks at the text alone; whether the guest has such a file system is for the guest to say.
+pub fn check_fstype(text: &str) -> Result<(), FstypeError> {
+    match text {
+        "" => Err(FstypeError::Empty),
+        text if text.contains([',', ';', ':', '=']) => Err(FstypeError::Character(text.to_owned())),
+        _ => Ok(()),
+    }
+}
+
+/// Another file of the host that an image refers to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reference {
+    /// What it is to the image, for messages: `backing file`, `data file` or `extent`.
+    pub role: &'static str,
+    /// The name as it is written in the image.
+    pub name: String,
+    /// Where that leads; links are not resolved yet.
+    pub path: PathBuf,
+    /// What it is read as.
+    pub format: Format,
+    /// The VMM opens it for writing. It does so with data files, even with those of an image that is only read; backing files and
+    /// extents are only read.
+    pub writable: bool,
+}
+
+impl Reference {
+    /// The name is an absolute path.
+    pub fn is_absolute(&self) -> bool {
+        self.name.starts_with('/')
+    }
+}
+
+/// Why an image cannot be read for its references.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// The file cannot be opened or read.
+    #[error("{what} disk image {path}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// It is a directory, a socket or the like.
+    #[error("open disk image {0}: it is neither a regular file nor a block device")]
+    Kind(PathBuf),
+    /// What is in it is not what it should be, or what nacelle does not take.
+    #[error("read disk image {path} as {format}")]
+    Header {
+        /// The file.
+        path: PathBuf,
+        /// What it was read as.
+        format: Format,
+        /// Cause.
+        #[source]
+        source: HeaderError,
+    },
+}
+
+/// What is wrong with the start of an image.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HeaderError {
+    /// It is of another format.
+    #[error("it does not begin as such an image does")]
+    Magic,
+    /// A field is missing, or points out of where it may point.
+    #[error("{0} is cut off or out of bounds")]
+    Bounds(&'static str),
+    /// A field has a value that no sound image has.
+    #[error("{0} makes no sense")]
+    Value(&'static str),
+    /// Something that is fine in itself, but which nacelle does not take.
+    #[error("{what} {value:?} is not supported")]
+    Unsupported {
+        /// Of which kind.
+        what: &'static str,
+        /// What is written there.
+        value: String,
+    },
+    /// The image names a backing file and does not say how it is laid out.
+    #[error("backing file {0:?} is named without its format, which is never guessed")]
+    NoFormat(String),
+    /// A name that is not the path of a file.
+    #[error("{role} {name:?} is not the path of a file: {why}")]
+    Name {
+        /// What it is the name of.
+        role: &'static str,
+        /// The name.
+        name: String,
+        /// Why not.
+        why: &'static str,
+    },
+}
+
+/// A reference as it is written, before it is resolved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Written {
+    role: &'static str,
+    name: String,
+    format: Format,
+    writable: bool,
+}
+
+/// The other files of the host that the image `path` refers to itself, in the order in which it names them. Raw images have none.
+///
+/// Names are resolved as the VMM resolves them (crate `imago`): absolute ones as they are, others against the directory of the path
+/// by which the image was opened, not of where that path's links lead. Nothing in a name is special there, so what QEMU would take
+/// for a protocol (`nbd:`, `json:`) would be a file's name; no honest image has one, so it is refused. So is what the VMM could not
+/// open in the end: features of qcow2 that it lacks, sparse VMDKs. It reads VMDKs only, never writes them.
+///
+/// # Errors
+/// [`DiskError`]; hostile images give one and nothing worse.
+pub fn references(path: &Path, format: Format) -> Result<Vec<Reference>, DiskError> {
+    let file = open(path)?;
+    references_of(&file, path, format)
+}
+
+fn references_of(file: &OwnedFd, path: &Path, format: Format) -> Result<Vec<Reference>, DiskError> {
+    let failed =
+        |what| move |source: rustix::io::Errno| DiskError::Io { what, path: path.into(), source: source.into() };
+    let length = rustix::fs::seek(file, SeekFrom::End(0)).map_err(failed("look at"))?;
+    let read = |most: u64| -> Result<Vec<u8>, DiskError> {
+        let mut bytes = vec![0; usize::try_from(length.min(most)).unwrap_or(0)];
+        let mut filled = 0;
+        while filled < bytes.len() {
+            match rustix::io::pread(file, &mut bytes[filled..], filled as u64) {
+                Ok(0) => break,
+                Ok(read) => filled += read,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(failed("read")(e)),
+            }
+        }
+        bytes.truncate(filled);
+        Ok(bytes)
+    };
+    let written = match format {
+        Format::Raw => Ok(Vec::new()),
+        Format::Qcow2 => qcow2::parse(&read(qcow2::MOST)?),
+        Format::Vmdk if length > vmdk::MOST => Err(HeaderError::Bounds("descriptor of more than 2 MiB")),
+        Format::Vmdk => vmdk::parse(&read(vmdk::MOST)?),
+    };
+    let written = written.and_then(|written| written.iter().try_for_each(check_name).map(|()| written));
+    let written = written.map_err(|source| DiskError::Header { path: path.into(), format, source })?;
+    let directory = path.parent().unwrap_or(Path::new(""));
+    let resolve = |Written { role, name, format, writable }| Reference {
+        role,
+        path: directory.join(&name),
+        name,
+        format,
+        writable,
+    };
+    Ok(written.into_iter().map(resolve).collect())
+}
+
+/// A name must be the path of a file, and for QEMU as well: what comes before a colon would be a protocol there.
+fn check_name(written: &Written) -> Result<(), HeaderError> {
+    let Written { role, name, .. } = written;
+    let why = if name.is_empty() {
+        "it is empty"
+    } else if name.contains('\0') {
+        "it has a NUL byte"
+    } else if name.len() > 4095 {
+        "it is longer than 4095 bytes"
+    } else if name.split('/').next().is_some_and(|first| first.contains(':')) {
+        "it names a protocol"
+    } else {
+        return Ok(());
+    };
+    let name = name.chars().take(200).collect();
+    Err(HeaderError::Name { role, name, why })
+}
+
+/// Opens what may be a disk image. FIFOs do not block, terminals do not become ours.
+fn open(path: &Path) -> Result<OwnedFd, DiskError> {
+    let failed =
+        |what| move |source: rustix::io::Errno| DiskError::Io { what, path: path.into(), source: source.into() };
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    // Opening some devices does something: look first. What takes the file's place meanwhile is found out below.
+    let kind = |mode| matches!(FileType::from_raw_mode(mode), FileType::RegularFile | FileType::BlockDevice);
+    let stat = rustix::fs::stat(path).map_err(failed("open"))?;
+    if !kind(stat.st_mode) {
+        return Err(DiskError::Kind(path.into()));
+    }
+    let file = rustix::fs::open(path, flags, Mode::empty()).map_err(failed("open"))?;
+    let stat = rustix::fs::fstat(&file).map_err(failed("look at"))?;
+    if kind(stat.st_mode) { Ok(file) } else { Err(DiskError::Kind(path.into())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // B1
+    #[test]
+    fn formats_are_lower_case_texts() {
+        for format in Format::ALL {
+            assert_eq!(format.to_string().parse(), Ok(format));
+        }
+        for text in ["RAW", "Qcow2", "", "ext4", "raw "] {
+            let error = text.parse::<Format>().unwrap_err();
+            assert_eq!(error.to_string(), format!("disk format {text:?} is unknown: there are raw, qcow2 and vmdk"));
+        }
+    }
+
+    // B1
+    #[test]
+    fn extensions_are_exact() {
+        let table = [
+            ("a.raw", Some(Format::Raw)),
+            ("/x/a.b.qcow2", Some(Format::Qcow2)),
+            ("./a.vmdk", Some(Format::Vmdk)),
+            ("a.ext4", None),
+            ("a.img", None),
+            ("a.RAW", None),
+            ("a.Qcow2", None),
+            ("a", None),
+            ("a.", None),
+            (".raw", None),
+            ("raw", None),
+            ("", None),
+        ];
+        for (path, format) in table {
+            assert_eq!(Format::of_extension(Path::new(path)), format, "{path:?}");
+        }
+    }
+
+    // B1
+    #[test]
+    fn json_is_in_pascal_case_and_both_are_read() {
+        assert_eq!(serde_json::to_string(&Format::ALL).unwrap(), r#"["Raw","Qcow2","Vmdk"]"#);
+        for text in [r#"["Raw","Qcow2","Vmdk"]"#, r#"["raw","qcow2","vmdk"]"#] {
+            assert_eq!(serde_json::from_str::<[Format; 3]>(text).unwrap(), Format::ALL);
+        }
+        let error = serde_json::from_str::<Format>(r#""QCOW2""#).unwrap_err();
+        assert!(error.to_string().contains(r#""QCOW2""#), "{error}");
+    }
+
+    // B6
+    #[test]
+    fn types_of_file_systems_have_no_separators() {
+        assert_eq!(check_fstype("ext4"), Ok(()));
+        assert_eq!(check_fstype("").unwrap_err().to_string(), "file system type is empty");
+        for text in ["ext4,ro", "a;b", "a:b", "a=b"] {
+            let error = check_fstype(text).unwrap_err().to_string();
+            assert_eq!(error, format!("file system type {text:?} has one of \", ; : =\""));
+        }
+    }
+
+    #[test]
+    fn names_that_are_no_paths_are_refused() {
+        let written = |name: &str| Written { role: "extent", name: name.into(), format: Format::Raw, writable: true };
+        for name in ["a", "/a:b", "./a:b", "../x", "/dev/sda"] {
+            assert_eq!(check_name(&written(name)), Ok(()), "{name:?}");
+        }
+        for name in ["", "nbd:unix:/x", "http://host/x", "json:{}", "file:x", "a\0b", &"a/".repeat(3000)] {
+            assert!(matches!(check_name(&written(name)), Err(HeaderError::Name { .. })), "{name:?}");
+        }
+    }
+}
