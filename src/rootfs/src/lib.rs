@@ -35,6 +35,7 @@ pub mod patch;
 pub mod path;
 pub mod plan;
 pub mod program;
+pub mod source;
 pub mod stack;
 pub mod tar;
 pub mod tree;
