@@ -41,6 +41,7 @@ pub mod tar;
 pub mod tree;
 pub mod upper;
 pub mod verity;
+pub mod volume;
 
 pub use cache::{Cache, CacheError, Layer, Outcome};
 pub use plan::{Lower, Mount, PlanError, RootfsPlan};
