@@ -18,6 +18,7 @@
 mod decode;
 mod mount;
 mod policy;
+pub mod store;
 mod validate;
 
 use std::path::PathBuf;
