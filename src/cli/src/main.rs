@@ -15,6 +15,7 @@ mod progress;
 mod ps;
 mod units;
 mod upper;
+mod volume;
 
 use std::{io, path::PathBuf, process::ExitCode};
 
@@ -73,6 +74,14 @@ enum Command {
         #[arg(long, default_value_os_t = layer::default_data_dir())]
         data_dir: PathBuf,
     },
+    /// Look after named volumes: directories that stay, and that containers may share
+    Volume {
+        #[command(subcommand)]
+        command: volume::Command,
+        /// Where nacelle keeps its data, as `data_dir` in the configuration
+        #[arg(long, default_value_os_t = layer::default_data_dir())]
+        data_dir: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
@@ -83,6 +92,9 @@ fn main() -> ExitCode {
         Command::Patch { command } => patch::run(&command, &mut io::stdout().lock()).map(|()| true),
         Command::Upper { command, data_dir } => {
             upper::run(&command, &data_dir, &mut io::stdout().lock()).map(|()| true)
+        }
+        Command::Volume { command, data_dir } => {
+            volume::run(&command, &data_dir, &mut io::stdout().lock()).map(|()| true)
         }
         Command::Ps { long, json, run_dir } => ps::run(&run_dir, long, json, &mut io::stdout().lock()),
     };

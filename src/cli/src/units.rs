@@ -37,6 +37,22 @@ pub fn name(bytes: &[u8]) -> String {
     out
 }
 
+/// Seconds since 1970 as a date and time of UTC, such as `2026-03-01 12:30:00Z`.
+pub fn date(seconds: u64) -> String {
+    let (days, second) = (seconds / 86_400, seconds % 86_400);
+    // Years that begin in March, in eras of 400: a leap day is the last of its year.
+    let days = days + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    let year = era * 400 + year + u64::from(month < 3);
+    let (hour, minute, second) = (second / 3_600, second / 60 % 60, second % 60);
+    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}Z")
+}
+
 /// Microseconds as milliseconds.
 pub fn millis(micros: u64) -> String {
     format!("{:.1} ms", micros as f64 / 1000.0)
@@ -61,6 +77,20 @@ mod tests {
     fn names_cannot_speak_to_the_terminal() {
         assert_eq!(name("plain ü".as_bytes()), "plain ü");
         assert_eq!(name(b"\x1b[2J\n\xff"), "\\u{1b}[2J\\n\u{fffd}");
+    }
+
+    #[test]
+    fn dates_are_utc() {
+        for (seconds, date) in [
+            (0, "1970-01-01 00:00:00Z"),
+            (951_782_399, "2000-02-28 23:59:59Z"),
+            (951_782_400, "2000-02-29 00:00:00Z"),
+            (1_709_251_199, "2024-02-29 23:59:59Z"),
+            (1_735_689_600, "2025-01-01 00:00:00Z"),
+            (4_107_542_400, "2100-03-01 00:00:00Z"),
+        ] {
+            assert_eq!(super::date(seconds), date);
+        }
     }
 
     #[test]
