@@ -101,13 +101,55 @@ pub struct Share {
 }
 
 /// A disk image of the host, served to the guest by virtio-blk.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Disk {
     /// Serial number by which the guest finds it, 1 to 20 bytes of `[a-z0-9-]`.
     pub serial: String,
-    /// Raw image on the host.
+    /// Image on the host.
     pub source: PathBuf,
+    /// Offer it read-only.
+    pub read_only: bool,
+    /// What the image is. Its content is never asked: a guest may have written it.
+    #[serde(default)]
+    pub format: DiskFormat,
+    /// Further files of the host that the image is made of: they are all that it may refer to.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<DiskPart>,
+}
+
+impl Disk {
+    /// A raw image.
+    pub fn raw(serial: impl Into<String>, source: impl Into<PathBuf>, read_only: bool) -> Self {
+        let (serial, source) = (serial.into(), source.into());
+        Self { serial, source, read_only, format: DiskFormat::Raw, parts: Vec::new() }
+    }
+}
+
+/// How a disk image holds its blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskFormat {
+    /// Block by block.
+    #[default]
+    Raw,
+    /// QEMU's copy-on-write format, version 2 or 3 (QEMU, `docs/interop/qcow2.rst`).
+    Qcow2,
+    /// A text that names extents (VMware, "Virtual Disk Format 1.1"); libkrun reads flat ones.
+    Vmdk,
+}
+
+/// A file that a disk image refers to, such as what a qcow2 image is based on. It is only ever read, unless the image is a
+/// writable one whose own blocks it holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskPart {
+    /// The file on the host.
+    pub source: PathBuf,
+    /// Where the image says that it is: an absolute path, found from the image's own path where that is a relative one.
+    pub named: PathBuf,
+    /// The image, or what leads to it, has an absolute name for it.
+    pub absolute: bool,
     /// Offer it read-only.
     pub read_only: bool,
 }

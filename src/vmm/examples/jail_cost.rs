@@ -104,7 +104,7 @@ impl Bench {
             agent: path("vmlinux"),
             kernel_args: Vec::new(),
             shares: vec![share("layers", true, false), share("volumes", false, true)],
-            disks: vec![Disk { serial: "upper".into(), source: path("upper"), read_only: false }],
+            disks: vec![Disk::raw("upper", path("upper"), false)],
             sockets: vec![Socket { port: PORT, source: path("socket") }],
             awaits_nics: false,
             jail: Jail {

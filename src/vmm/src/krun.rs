@@ -22,7 +22,7 @@ use std::io;
 use std::ptr;
 
 use krun as sys;
-use nacelle_protocol::vm::{CONSOLE_FD, Nic};
+use nacelle_protocol::vm::{CONSOLE_FD, DiskFormat, Nic};
 use rustix::fs::{Access, AtFlags, CWD, accessat};
 use thiserror::Error;
 
@@ -41,8 +41,14 @@ const TSI_HIJACK_INET: u32 = 1;
 /// CSUM 0 and GUEST_CSUM 1, and TCP segments of up to 64 KiB in both directions, GUEST_TSO4 7, GUEST_TSO6 8, HOST_TSO4 11
 /// and HOST_TSO6 12. A frame between two pods of a node is then never cut, and its checksum never computed.
 const NET_FEATURES: u32 = 1 | 1 << 1 | 1 << 7 | 1 << 8 | 1 << 11 | 1 << 12;
-/// `krun_add_disk3`: a raw image.
-const DISK_FORMAT_RAW: u32 = 0;
+/// `krun_add_disk3`: what an image is (`libkrun.h`, KRUN_DISK_FORMAT_*).
+const fn disk_format(format: DiskFormat) -> u32 {
+    match format {
+        DiskFormat::Raw => 0,
+        DiskFormat::Qcow2 => 1,
+        DiskFormat::Vmdk => 2,
+    }
+}
 /// `krun_add_disk3`: the guest is offered no flush.
 const SYNC_NONE: u32 = 0;
 /// `krun_add_disk3`: a flush is an fsync of the image.
@@ -160,7 +166,7 @@ fn add_disk(ctx: u32, disk: &Disk) -> Result<(), KrunError> {
     let sync = if disk.ephemeral || disk.read_only { SYNC_NONE } else { SYNC_FULL };
     // SAFETY: both strings outlive the call, which copies them.
     done("krun_add_disk3", unsafe {
-        sys::krun_add_disk3(ctx, serial.as_ptr(), path.as_ptr(), DISK_FORMAT_RAW, disk.read_only, false, sync)
+        sys::krun_add_disk3(ctx, serial.as_ptr(), path.as_ptr(), disk_format(disk.format), disk.read_only, false, sync)
     })
     .map(drop)
 }

@@ -9,6 +9,8 @@
 //!  /root                    VmConfig::agent
 //!  /share/<tag>             VmConfig::shares
 //!  /disk/<serial>           VmConfig::disks
+//!  /disk/<serial>/<path>    one that has parts, at its own path below there; and its parts that it names relative to itself
+//!  /<path>                  its parts that it names absolutely, but for the names that stand here
 //!  /socket/<port>           VmConfig::sockets; the VMM's working directory
 //!  /files                   empty: the shim may make another root there, see below
 //!  /dev, /proc              made by the jail
@@ -19,11 +21,13 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Display;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use nacelle_protocol::GENERATION;
 use nacelle_protocol::agent::UPPER_SERIAL;
-use nacelle_protocol::vm::{FIXED_DEVICES, Jail, MAX_DEVICES, Network, Nic, Nics, VmConfig};
+use nacelle_protocol::vm::{
+    Disk as DiskConfig, DiskFormat, FIXED_DEVICES, Jail, MAX_DEVICES, Network, Nic, Nics, VmConfig,
+};
 use thiserror::Error;
 
 /// Where the VMM is in its jail: below the root, so that it stays there when the root is exchanged (pivot_root(2)).
@@ -31,6 +35,9 @@ pub const WORKING_DIRECTORY: &str = "socket";
 
 /// The place for another root.
 pub const FILES: &str = "files";
+
+/// Names at the jail's root that nothing else can have.
+const RESERVED: [&str; 8] = ["kernel", "root", "share", "disk", WORKING_DIRECTORY, FILES, "dev", "proc"];
 
 /// Serial number of the root's disk. No other disk has it.
 const ROOT_SERIAL: &str = "agent";
@@ -103,6 +110,14 @@ pub enum PlanError {
     /// The command line is longer than the kernel reads.
     #[error("plan kernel arguments: {0} bytes too many for the kernel's command line")]
     CommandLine(usize),
+    /// A disk refers to a file by a name that the jail has something else for.
+    #[error("plan disk: file {path} cannot be {named} in the jail", path = .path.display(), named = .named.display())]
+    Part {
+        /// The file.
+        path: PathBuf,
+        /// Where it would have to be.
+        named: PathBuf,
+    },
     /// A path of the host is not absolute.
     #[error("plan {kind}: path {path} is not absolute", path = .path.display())]
     Relative {
@@ -183,6 +198,8 @@ pub struct Disk {
     pub read_only: bool,
     /// It dies with the sandbox, so a flush by the guest has nothing to protect.
     pub ephemeral: bool,
+    /// How the image holds its blocks.
+    pub format: DiskFormat,
 }
 
 /// The machine, by names that are good inside the jail.
@@ -261,7 +278,13 @@ impl Plan {
             vcpus: config.vcpus,
             memory_mib: config.memory_mib,
             kernel: "/kernel".into(),
-            root: Disk { serial: ROOT_SERIAL.into(), path: "/root".into(), read_only: true, ephemeral: false },
+            root: Disk {
+                serial: ROOT_SERIAL.into(),
+                path: "/root".into(),
+                read_only: true,
+                ephemeral: false,
+                format: DiskFormat::Raw,
+            },
             command_line: command_line(&config.kernel_args, devices)?,
             shares: Vec::with_capacity(shares),
             disks: Vec::with_capacity(disks),
@@ -287,14 +310,23 @@ impl Plan {
             // VIRTIO_BLK_ID_BYTES; libkrun cuts what is longer.
             check_name("disk", &disk.serial, 20)?;
             once(&mut names, "disk", &disk.serial)?;
-            let inside = format!("disk/{}", disk.serial);
+            let found = disk_entries(disk)?;
+            let image = found.first().map(|image| image.inside.display().to_string()).unwrap_or_default();
             machine.disks.push(Disk {
                 serial: disk.serial.clone(),
-                path: format!("/{inside}"),
+                path: format!("/{image}"),
                 read_only: disk.read_only,
                 ephemeral: disk.serial == UPPER_SERIAL,
+                format: disk.format,
             });
-            entries.push(entry("disk", &disk.source, inside, Kind::File, disk.read_only, Ids::Owned)?);
+            for part in found {
+                // Two disks may share what they are based on.
+                match entries.iter_mut().find(|known| known.inside == part.inside) {
+                    Some(known) if known.source == part.source => known.read_only &= part.read_only,
+                    Some(_) => return Err(PlanError::Part { path: part.source, named: part.inside }),
+                    None => entries.push(part),
+                }
+            }
         }
         for socket in &config.sockets {
             once(&mut names, "socket", &socket.port)?;
@@ -349,6 +381,44 @@ fn check_jail(jail: &Jail) -> Result<(), PlanError> {
         Some(root) if root == 0 || count < 2 || root.checked_add(count - 1).is_none() => Err(PlanError::PodRoot(root)),
         _ => Ok(()),
     }
+}
+
+/// Where a disk's files go: the image, then its parts.
+fn disk_entries(disk: &DiskConfig) -> Result<Vec<Entry>, PlanError> {
+    let place = |source: &Path, inside, read_only| entry("disk", source, inside, Kind::File, read_only, Ids::Owned);
+    let own = format!("disk/{}", disk.serial);
+    if disk.parts.is_empty() {
+        return Ok(vec![place(&disk.source, own, disk.read_only)?]);
+    }
+    let below = |path: &Path| clean(path).map(|path| path.display().to_string());
+    let wrong = |path: &Path, named: &Path| PlanError::Part { path: path.to_owned(), named: named.to_owned() };
+    let own_path = below(&disk.source).ok_or_else(|| wrong(&disk.source, &disk.source))?;
+    let mut entries = vec![place(&disk.source, format!("{own}/{own_path}"), disk.read_only)?];
+    for part in &disk.parts {
+        let inside = below(&part.named).ok_or_else(|| wrong(&part.source, &part.named))?;
+        let first = inside.split('/').next().unwrap_or_default();
+        let inside = match part.absolute {
+            true if RESERVED.contains(&first) => return Err(wrong(&part.source, &part.named)),
+            true => inside,
+            false => format!("{own}/{inside}"),
+        };
+        entries.push(place(&part.source, inside, part.read_only)?);
+    }
+    Ok(entries)
+}
+
+/// An absolute path relative to the root, with every `..` followed by its text: in the jail no link is on the way.
+fn clean(path: &Path) -> Option<PathBuf> {
+    let mut clean = PathBuf::new();
+    for component in path.components() {
+        match component {
+            Component::RootDir => {}
+            Component::Normal(name) => clean.push(name.to_str()?),
+            Component::ParentDir => drop(clean.pop()),
+            Component::CurDir | Component::Prefix(_) => return None,
+        }
+    }
+    (path.is_absolute() && !clean.as_os_str().is_empty()).then_some(clean)
 }
 
 fn entry(
@@ -438,7 +508,40 @@ mod tests {
     }
 
     fn disk(serial: &str) -> vm::Disk {
-        vm::Disk { serial: serial.into(), source: "/d".into(), read_only: false }
+        vm::Disk::raw(serial, "/d", false)
+    }
+
+    #[test]
+    fn disks_find_their_parts_where_their_images_say() {
+        let part = |source: &str, named: &str, absolute| vm::DiskPart {
+            source: source.into(),
+            named: named.into(),
+            absolute,
+            read_only: true,
+        };
+        let disk = |serial: &str, parts| vm::Disk {
+            format: DiskFormat::Qcow2,
+            parts,
+            ..vm::Disk::raw(serial, format!("/img/{serial}.qcow2"), false)
+        };
+        let plan = |disks| Plan::new(&VmConfig { disks, ..config() });
+        // The first is based on a file beside it and on what that is based on, with an absolute name; the second on the same.
+        let base = || part("/real/base.raw", "/base/b.raw", true);
+        let made = plan(vec![
+            disk("a", vec![part("/img/mid.qcow2", "/img/x/../mid.qcow2", false), base()]),
+            disk("b", vec![base()]),
+        ]);
+        let made = made.expect("plan");
+        let inside: Vec<_> = made.entries.iter().map(|e| (e.inside.to_str().expect("text"), e.read_only)).collect();
+        let disks = [("disk/a/img/a.qcow2", false), ("disk/a/img/mid.qcow2", true), ("base/b.raw", true)];
+        assert_eq!(inside[3..7], [&disks[..], &[("disk/b/img/b.qcow2", false)]].concat());
+        assert_eq!(made.machine.disks[0].path, "/disk/a/img/a.qcow2");
+        for bad in ["/proc/self/mem", "/root/b.raw", "/disk/a/x", "/../kernel", "/", "relative"] {
+            let refused = plan(vec![disk("a", vec![part("/x", bad, true)])]);
+            assert!(matches!(refused, Err(PlanError::Part { .. })), "{bad}");
+        }
+        let two = plan(vec![disk("a", vec![base(), part("/other", "/base/b.raw", true)])]);
+        assert!(matches!(two, Err(PlanError::Part { .. })), "two files of one name");
     }
 
     #[test]

@@ -31,8 +31,8 @@ const TUN: (&str, u32, u32, Mode) = ("net/tun", 10, 200, Mode::RUSR.union(Mode::
 /// Puts the root together at `plan.jail.root`. `users` is the sandbox's user namespace, `pods` has the ids of volumes' files.
 pub fn assemble(plan: &Plan, users: BorrowedFd<'_>, pods: BorrowedFd<'_>) -> Result<(), JailError> {
     let root = &plan.jail.root;
-    // A mount point and a directory for each entry, and what stands below.
-    let inodes = 2 * plan.entries.len() + 16;
+    // A mount point and the directories on the way to each entry, and what stands below.
+    let inodes: usize = plan.entries.iter().map(|entry| entry.inside.components().count() + 1).sum::<usize>() + 16;
     let quiet = MountFlags::NOSUID | MountFlags::NOEXEC;
     tmpfs(root, quiet | MountFlags::NODEV, inodes)?;
 

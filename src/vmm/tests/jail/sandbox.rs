@@ -60,7 +60,7 @@ impl Setup {
             agent: path("vmlinux"),
             kernel_args: Vec::new(),
             shares: vec![share("volumes", false, true), share("layers", true, false)],
-            disks: vec![Disk { serial: "upper".into(), source: path("disk"), read_only: false }],
+            disks: vec![Disk::raw("upper", path("disk"), false)],
             sockets: vec![Socket { port: PORT, source: path("control") }],
             awaits_nics: false,
             jail: Jail {
