@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use nacelle_protocol::agent::{CONTAINERS_DIR, Container as Config, Damage, Lower, Mirror, Rootfs, event::What};
+use nacelle_protocol::agent::{CONTAINERS_DIR, Container as Config, Damage, Disk, Mirror, Rootfs, event::What};
 use nacelle_protocol::features;
 use nacelle_protocol::ids::ContainerId;
 use tokio::sync::oneshot;
@@ -39,8 +39,8 @@ pub fn directory(id: &str) -> PathBuf {
 
 /// Something done that has to be undone if a later step fails.
 enum Undo {
-    /// And whether their ids are mapped.
-    Rootfs(Vec<Lower>, bool),
+    Rootfs(Rootfs),
+    Disk(String),
     Mirrors(Vec<String>),
     Cgroup(Cgroup),
 }
@@ -71,7 +71,8 @@ impl Guest {
         self.reserve(id)?;
 
         let mut undo = Vec::new();
-        let created = self.create_reserved(id, plan, config.rootfs, config.mirrors, names, &mut undo).await;
+        let created =
+            self.create_reserved(id, plan, (config.rootfs, config.disks), config.mirrors, names, &mut undo).await;
         match created {
             Ok((container, ended)) => {
                 let pid = container.init.pid;
@@ -133,7 +134,7 @@ impl Guest {
         self: &Arc<Self>,
         id: &str,
         plan: Plan,
-        rootfs: Rootfs,
+        (rootfs, disks): (Rootfs, Vec<Disk>),
         mirrors: Vec<Mirror>,
         names: Names,
         undo: &mut Vec<Undo>,
@@ -141,26 +142,36 @@ impl Guest {
         let state = directory(id).join("state");
         fs::create_dir_all(&state).map_err(|error| GuestError::System(format!("create {}", state.display()), error))?;
 
-        let (lowers, mapped) = (rootfs.lowers, rootfs.mapped);
         let users = match self.pod_users_file() {
-            Some(users) if mapped => Some(users?),
-            None if mapped => return Err(GuestError::Request(format!("container {id}: mapped layers, but no users"))),
+            Some(users) if rootfs.mapped => Some(users?),
+            None if rootfs.mapped => {
+                return Err(GuestError::Request(format!("container {id}: mapped layers, but no users")));
+            }
             _ => None,
         };
         let limit = rootfs.upper_bytes.map(|bytes| self.upper_limit(id, bytes)).transpose()?;
-        if lowers.iter().any(|lower| !lower.verity.is_empty()) {
+        if rootfs.lowers.iter().any(|lower| !lower.verity.is_empty()) {
             self.watch_layers(id)?;
         }
         // The host is dialled while the file systems are mounted.
         let mounting = {
-            let (table, id, lowers) = (self.lowers.clone(), id.to_owned(), lowers.clone());
-            blocking(move || mount::mount_rootfs(&table, &id, &lowers, users.as_ref(), limit.as_ref()))
+            let (table, id, rootfs) = (self.lowers.clone(), id.to_owned(), rootfs.clone());
+            blocking(move || mount::mount_rootfs(&table, &id, &rootfs, users.as_ref(), limit.as_ref()))
         };
         let connecting = self.streams(id, "", &names, plan.owner);
         let (mounted, connected) = tokio::join!(mounting, connecting);
         mounted.map_err(|error| GuestError::Mount(label(id, ""), error))?;
-        undo.push(Undo::Rootfs(lowers.clone(), mapped));
+        undo.push(Undo::Rootfs(rootfs.clone()));
         let (streams, stdio) = connected?;
+        let mut serials = Vec::new();
+        for disk in disks {
+            let users = self.pod_users_file().transpose()?;
+            let (table, serial) = (self.disks.clone(), disk.serial.clone());
+            let mounted = blocking(move || table.acquire(&disk, users.as_ref())).await;
+            mounted.map_err(|error| GuestError::Mount(label(id, ""), error))?;
+            undo.push(Undo::Disk(serial.clone()));
+            serials.push(serial);
+        }
         let mut volumes = Vec::new();
         for mirror in mirrors {
             let made = blocking(move || mirror::create(&mirror.volume, &mirror.data).map(|()| mirror.volume)).await;
@@ -204,8 +215,8 @@ impl Guest {
             files: None,
             memory_watch: self.watch_memory(id, &cgroup),
             cgroup,
-            lowers,
-            mapped,
+            rootfs,
+            disks: serials,
             mirrors: volumes,
             defaults: plan.defaults,
             report: Some(report),
@@ -287,11 +298,10 @@ impl Guest {
         };
         let container = container.ok_or_else(|| GuestError::NotFound(label(id, "")))?;
         let pid = container.init.pid;
-        let undo = vec![
-            Undo::Rootfs(container.lowers.clone(), container.mapped),
-            Undo::Mirrors(container.mirrors.clone()),
-            Undo::Cgroup(container.cgroup.clone()),
-        ];
+        let mut undo = vec![Undo::Rootfs(container.rootfs.clone())];
+        undo.extend(container.disks.iter().cloned().map(Undo::Disk));
+        undo.push(Undo::Mirrors(container.mirrors.clone()));
+        undo.push(Undo::Cgroup(container.cgroup.clone()));
         drop(container);
         self.undo(id, undo).await;
         self.table().remove(id);
@@ -310,9 +320,13 @@ impl Guest {
                 Undo::Mirrors(volumes) => {
                     blocking(move || volumes.iter().for_each(|volume| mirror::remove(volume))).await
                 }
-                Undo::Rootfs(lowers, mapped) => {
+                Undo::Disk(serial) => {
+                    let table = self.disks.clone();
+                    blocking(move || table.release(&serial)).await;
+                }
+                Undo::Rootfs(rootfs) => {
                     let (table, id) = (self.lowers.clone(), id.to_owned());
-                    blocking(move || mount::unmount_rootfs(&table, &id, &lowers, mapped)).await;
+                    blocking(move || mount::unmount_rootfs(&table, &id, &rootfs)).await;
                 }
             }
         }

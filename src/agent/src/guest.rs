@@ -16,6 +16,7 @@ use tokio::sync::Notify;
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::cpus::Cpus;
 use crate::dial::Dial;
+use crate::disk::Disks;
 use crate::events::EventLog;
 use crate::mount::{Lowers, MountError};
 use crate::pod;
@@ -91,6 +92,8 @@ pub struct Guest {
     pub events: EventLog,
     /// Lowers in use.
     pub lowers: Arc<Lowers>,
+    /// Disks that are volumes.
+    pub disks: Arc<Disks>,
     /// The disk with the uppers, if containers can be limited on it.
     pub limited_disk: OnceLock<PathBuf>,
     /// The guest's name, as it was at first.
@@ -118,6 +121,7 @@ impl Guest {
             reaper: Arc::default(),
             events: EventLog::default(),
             lowers: Arc::default(),
+            disks: Arc::default(),
             limited_disk: OnceLock::new(),
             hostname: OnceLock::new(),
             layers_watched: AtomicBool::new(false),

@@ -8,6 +8,7 @@
 //!                          │    ├ task      one container and its processes: pure state
 //!                          │    ├ spec      what libcontainer gets to see of an OCI configuration
 //!                          │    ├ mount     lowers (EROFS) and the overlay over them; verity checks lowers as they are read
+//!                          │    ├ disk      disks that are volumes or roots
 //!                          │    ├ export    what a container has written, to the host
 //!                          │    ├ files     its files as it runs, for the host to look into and to change
 //!                          │    ├ mirror    copies of volumes whose changes a watcher must hear of
@@ -34,6 +35,7 @@ pub mod control;
 pub mod cpus;
 pub mod create;
 pub mod dial;
+pub mod disk;
 pub mod events;
 pub mod exec;
 pub mod executor;

@@ -12,6 +12,8 @@
 //! A lower whose image refers to files elsewhere is an overlay of its own, read-only: the image, and below it as data-only layers the
 //! directories that have them. So whatever the containers' overlays put into their uppers never refers to anything.
 //!
+//! The root may be a disk instead, see [`crate::disk`].
+//!
 //! The overlay is made with fsopen(2) and its successors: each lower is an option of its own, so their number is not
 //! bound by the page that mount(2) has for options. It is `volatile`: an upper lives no longer than its container, so
 //! nobody is served by syncing it. It is private: a mount that a container makes never appears in the agent's namespace,
@@ -25,7 +27,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use nacelle_protocol::agent::{CONTAINERS_DIR, DATA_DIR, LAYERS_DIR, Lower, UPPER_DIR, Verity};
+use nacelle_protocol::agent::{CONTAINERS_DIR, DATA_DIR, LAYERS_DIR, Lower, Rootfs, UPPER_DIR, Verity};
 use rustix::fs::CWD;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
@@ -33,6 +35,7 @@ use rustix::mount::{
 };
 use thiserror::Error;
 
+use crate::disk;
 use crate::quota::{self, Limit};
 use crate::users;
 use crate::verity;
@@ -83,9 +86,18 @@ pub enum MountError {
     /// No disk of that serial number.
     #[error("find disk {0:?}: no block device has this serial number")]
     NoDisk(String),
+    /// No file system on a disk that may be there and that the kernel knows.
+    #[error("mount disk {serial}: {reason}")]
+    NoFileSystem {
+        /// Its serial number.
+        serial: String,
+        /// What each type that was tried says.
+        reason: String,
+    },
 }
 
-fn io_error<'a>(verb: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> MountError + 'a {
+/// The error of doing something to a file.
+pub fn io_error<'a>(verb: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> MountError + 'a {
     move |source| MountError::Io { verb, path: path.to_owned(), source }
 }
 
@@ -228,18 +240,26 @@ pub fn upper_path(id: &str) -> PathBuf {
     Path::new(UPPER_DIR).join(id).join("upper")
 }
 
-/// Mounts the root file system of container `id` over `images`, bottom first; `users` is the user namespace whose ids they
-/// have, `limit` that of the upper.
+/// Mounts the root file system of container `id`; `users` is the user namespace whose ids it has, `limit` that of the upper.
 ///
 /// # Errors
 /// [`MountError`]; nothing stays mounted.
 pub fn mount_rootfs(
     lowers: &Lowers,
     id: &str,
-    images: &[Lower],
+    rootfs: &Rootfs,
     users: Option<&File>,
     limit: Option<&Limit>,
 ) -> Result<(), MountError> {
+    if let Some(disk) = &rootfs.disk {
+        let target = rootfs_path(id);
+        fs::create_dir_all(&target).map_err(io_error("create", &target))?;
+        return disk::mount_at(disk, users, MountAttrFlags::empty(), &target).inspect_err(|_| {
+            // Nothing is in it.
+            let _ = fs::remove_dir(&target);
+        });
+    }
+    let images = rootfs.lowers.as_slice();
     if images.is_empty() || images.len() > MAX_LOWERS {
         return Err(MountError::Count(images.len()));
     }
@@ -262,11 +282,13 @@ fn limit_upper(id: &str, limit: &Limit) -> Result<(), MountError> {
     limit.set(&directory).map_err(io_error("limit", &directory))
 }
 
-/// Undoes [`mount_rootfs`], whose images had their ids `mapped` or not; the upper is gone with it. What cannot be undone is
-/// said on the console.
-pub fn unmount_rootfs(lowers: &Lowers, id: &str, images: &[Lower], mapped: bool) {
+/// Undoes [`mount_rootfs`]; the upper is gone with it. What cannot be undone is said on the console.
+pub fn unmount_rootfs(lowers: &Lowers, id: &str, rootfs: &Rootfs) {
+    if rootfs.disk.is_some() {
+        return disk::leave(&rootfs_path(id));
+    }
     detach(&rootfs_path(id));
-    images.iter().for_each(|image| lowers.release(image, mapped));
+    rootfs.lowers.iter().for_each(|image| lowers.release(image, rootfs.mapped));
     remove_upper(id);
 }
 
@@ -370,7 +392,11 @@ pub fn mount_upper(serial: &str) -> Result<Option<PathBuf>, MountError> {
     Ok(quota.then_some(device))
 }
 
-fn find_disk(sys_block: &Path, serial: &str) -> Result<PathBuf, MountError> {
+/// The device of the disk with serial number `serial`, among those in `sys_block`.
+///
+/// # Errors
+/// [`MountError`]
+pub fn find_disk(sys_block: &Path, serial: &str) -> Result<PathBuf, MountError> {
     let disks = fs::read_dir(sys_block).map_err(io_error("list", sys_block))?;
     for disk in disks.flatten() {
         // Devices other than virtio-blk have no serial number there.
@@ -388,6 +414,7 @@ pub fn unmount_all() {
     for container in fs::read_dir(CONTAINERS_DIR).into_iter().flatten().flatten() {
         let _ = unmount(container.path().join("rootfs"), UnmountFlags::empty());
     }
+    disk::leave_all();
     rustix::fs::sync();
     let _ = unmount(UPPER_DIR, UnmountFlags::empty());
 }
@@ -408,8 +435,10 @@ mod tests {
             let data = Lower { data: vec![bad.to_owned()], ..lower("good") };
             assert!(matches!(lowers.acquire(&data, None), Err(MountError::Name(_))), "{bad:?}");
         }
-        assert!(matches!(mount_rootfs(&lowers, "x", &[], None, None), Err(MountError::Count(0))));
-        assert!(matches!(mount_rootfs(&lowers, "x", &vec![lower(""); 501], None, None), Err(MountError::Count(501))));
+        let root = |lowers| Rootfs { lowers, disk: None, upper_bytes: None, mapped: false };
+        let mount = |images| mount_rootfs(&lowers, "x", &root(images), None, None);
+        assert!(matches!(mount(Vec::new()), Err(MountError::Count(0))));
+        assert!(matches!(mount(vec![lower(""); 501]), Err(MountError::Count(501))));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
-use nacelle_protocol::agent::Lower;
+use nacelle_protocol::agent::Rootfs;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
@@ -89,10 +89,10 @@ pub struct Container {
     pub execs: BTreeMap<String, Exec>,
     /// Its cgroup.
     pub cgroup: Cgroup,
-    /// Its lowers, bottom first.
-    pub lowers: Vec<Lower>,
-    /// Their ids are those of the pod's user namespace.
-    pub mapped: bool,
+    /// Its root file system.
+    pub rootfs: Rootfs,
+    /// Its volumes that are disks, by serial number.
+    pub disks: Vec<String>,
     /// Its volumes that are copies.
     pub mirrors: Vec<String>,
     /// What execs take from it.

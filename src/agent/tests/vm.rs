@@ -91,7 +91,7 @@ async fn boot(memory_mib: u32) -> (Machine, Host) {
             .map(Into::into)
             .collect(),
         shares: vec![Share { tag: LAYERS_TAG.into(), source: at("layers"), read_only: true, idmap: false }],
-        disks: vec![Disk { serial: UPPER_SERIAL.into(), source: at("upper.ext4"), read_only: false }],
+        disks: vec![Disk::raw(UPPER_SERIAL, at("upper.ext4"), false)],
         sockets: sockets.into(),
         awaits_nics: false,
         jail: Jail {

@@ -13,6 +13,7 @@
 //!  /run/nacelle/layers/data/  directories of layers that are not images yet
 //!  /run/nacelle/volumes/      share "volumes": one entry a volume, a directory or a single file
 //!  /run/nacelle/mirrors/      a tmpfs for each volume that is a copy
+//!  /run/nacelle/disks/<serial>/  file system of a disk that is a volume
 //!  /run/nacelle/upper/<id>/   upper and work directories of a container
 //!  /run/nacelle/containers/<id>/  config.json, rootfs
 //! ```
@@ -59,6 +60,8 @@ pub const UPPER_DIR: &str = "/run/nacelle/upper";
 pub const MIRRORS_DIR: &str = "/run/nacelle/mirrors";
 /// Link of a volume to the directory with its current content (Kubernetes, `pkg/volume/util/atomic_writer.go`).
 pub const DATA_LINK: &str = "..data";
+/// Where the agent mounts disks that are volumes.
+pub const DISKS_DIR: &str = "/run/nacelle/disks";
 /// Where the agent keeps a directory for each container.
 pub const CONTAINERS_DIR: &str = "/run/nacelle/containers";
 
@@ -79,6 +82,21 @@ pub struct Container {
     pub users: Option<Users>,
     /// Volumes that it sees in copies: its bind mounts of them name [`MIRRORS_DIR`] instead of [`VOLUMES_DIR`].
     pub mirrors: Vec<Mirror>,
+    /// Disks that it has as volumes: its bind mounts of them name [`DISKS_DIR`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<Disk>,
+}
+
+/// A file system on a disk of the machine's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// Serial number of the disk.
+    pub serial: String,
+    /// Types of file systems that it may have; the first that fits is mounted. The guest has to know one of them.
+    pub types: Vec<String>,
+    /// Mount it read-only.
+    pub read_only: bool,
 }
 
 /// A user namespace: id 0 in it is id `first` of the guest, and so on for `count` ids, of users and of groups alike.
@@ -101,12 +119,15 @@ pub struct Mirror {
     pub data: String,
 }
 
-/// The root file system of a container: lowers, and an upper over them.
+/// The root file system of a container: lowers and an upper over them, or a disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rootfs {
-    /// The lowers, bottom first; at least one.
+    /// The lowers, bottom first; at least one, unless there is a disk.
     pub lowers: Vec<Lower>,
+    /// The disk that is the root, which what the container writes goes to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<Disk>,
     /// Most bytes that the upper may take on the pod's disk; `None`: as many as there are.
     #[serde(default)]
     pub upper_bytes: Option<u64>,
