@@ -17,8 +17,18 @@
 //!                          upperdir={{ mount 0 }}/upper  (or lowerdir={{ mount 1 }}:{{ mount 2 }})
 //!     format/bind          {{ mount 1 }}                     the mount point of 1
 //! ```
+//!
+//! One more is no plan of layers: a file system on a disk image, which [`disk`] reads.
+//!
+//! ```text
+//!  ext4     loop, rw   /blockfile/snapshots/7                the root as it is      (blockfile snapshotter)
+//! ```
 
 use std::path::PathBuf;
+
+mod disk;
+
+pub use disk::{DiskRoot, disk};
 
 /// A mount of the root file system, as in containerd's `CreateTaskRequest.rootfs` (`types/mount.proto`).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -1,0 +1,66 @@
+//! A root that is no stack of layers: a file system on a disk image, as containerd's blockfile snapshotter hands it over.
+
+use std::path::PathBuf;
+
+use super::{Mount, absolute};
+
+/// A root file system on a disk image of the host's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskRoot {
+    /// The image: raw, without partitions.
+    pub path: PathBuf,
+    /// Type of the file system.
+    pub kind: String,
+    /// The mounts allow no writing.
+    pub read_only: bool,
+}
+
+/// The disk image that the mounts are, if they are no more than that: one file system, mounted through a loop device. Whether the
+/// image is one is for the caller to see.
+pub fn disk(mounts: &[Mount]) -> Option<DiskRoot> {
+    let [mount] = mounts else { return None };
+    let simple = |option: &String| matches!(option.as_str(), "loop" | "rw" | "ro" | "discard" | "noatime" | "relatime");
+    let looped = mount.options.iter().any(|option| option == "loop") && mount.options.iter().all(simple);
+    let plain =
+        mount.kind.bytes().all(|byte| byte.is_ascii_alphanumeric()) && !matches!(mount.kind.as_str(), "" | "erofs");
+    if !looped || !plain || !matches!(mount.target.as_str(), "" | "/") {
+        return None;
+    }
+    let path = absolute("disk image", &mount.source).ok()?;
+    let read_only = mount.options.iter().rfind(|o| *o == "ro" || *o == "rw").is_some_and(|o| o == "ro");
+    Some(DiskRoot { path, kind: mount.kind.clone(), read_only })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mount(kind: &str, source: &str, options: &[&str]) -> Mount {
+        let options = options.iter().map(|o| (*o).to_owned()).collect();
+        Mount { kind: kind.into(), source: source.into(), target: String::new(), options }
+    }
+
+    #[test]
+    fn images_of_the_blockfile_snapshotter() {
+        let root = |read_only| DiskRoot { path: "/s/7".into(), kind: "ext4".into(), read_only };
+        assert_eq!(disk(&[mount("ext4", "/s/7", &["loop", "rw"])]), Some(root(false)));
+        assert_eq!(disk(&[mount("ext4", "/s/7", &["rw", "ro", "loop"])]), Some(root(true)));
+    }
+
+    #[test]
+    fn what_is_more_than_that_is_none() {
+        for other in [
+            mount("ext4", "/dev/mapper/snap-7", &["rw"]),
+            mount("ext4", "s/7", &["loop"]),
+            mount("xfs", "/s/7", &["loop", "nouuid"]),
+            mount("format/ext4", "/s/7", &["loop"]),
+            mount("erofs", "/s/7", &["loop", "ro"]),
+            mount("", "/s/7", &["loop"]),
+            Mount { target: "/etc".into(), ..mount("ext4", "/s/7", &["loop"]) },
+        ] {
+            assert_eq!(disk(&[other.clone()]), None, "{other:?}");
+        }
+        let plain = mount("ext4", "/s/7", &["loop"]);
+        assert_eq!(disk(&[plain.clone(), plain]), None);
+    }
+}
