@@ -5,8 +5,8 @@
 TOOL_PACKAGES=(qemu-system-x86 containerd e2fsprogs erofs-utils busybox-static)
 ROOT_PACKAGES=(
     attr busybox ca-certificates conntrack containerd containernetworking-plugins crun docker-registry e2fsprogs
-    erofs-utils iperf3 iproute2 iptables iputils-ping jq kmod mount nftables procps psmisc python3 runc socat strace
-    tcpdump util-linux-extra
+    erofs-utils iperf3 iproute2 iptables iputils-ping jq kmod mount nftables procps psmisc python3 qemu-utils runc socat
+    strace tcpdump util-linux-extra
 )
 # The cloud flavour: it boots fast, and has ext4, virtio-pci and virtio-console built in.
 KERNEL_META=linux-image-cloud-amd64

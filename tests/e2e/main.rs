@@ -13,6 +13,7 @@
 mod bad_input;
 mod contract;
 mod crash;
+mod disks;
 mod events;
 mod files;
 mod hooks;
@@ -79,6 +80,7 @@ const THEMES: &[(&str, Beside, &[Case])] = &[
     ("files", Beside::Each, files::CASES),
     ("rootfs", Beside::Only("1.7"), rootfs::PACKAGES),
     ("layers", Beside::Only("2.1"), layers::CASES),
+    ("disks", Beside::Only("2.1"), disks::CASES),
     ("events", Beside::Each, events::CASES),
     ("hooks", Beside::Each, hooks::CASES),
     ("contract", Beside::Each, contract::CASES),

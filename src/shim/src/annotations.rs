@@ -8,6 +8,11 @@
 //! | `io.nacelle.container_mib` | MiB, 1 and more     | most that one container may write  | `rootfs.container_mib`           |
 //! | `io.nacelle.patches`       | JSON list           | files of the container's root      | copies: `annotations.host_paths` |
 //! | `io.nacelle.kernel`        | path of an ELF file | the guest kernel                   | below `annotations.host_paths`   |
+//! | `io.nacelle.rootfs`        | path                | a directory or disk as the root    | below `annotations.host_paths`   |
+//! | `io.nacelle.rootfs.format` | raw, qcow2, vmdk    | what that disk is                  |                                  |
+//! | `io.nacelle.rootfs.fstype` | file system type    | what is on that disk               | `volumes.filesystems`            |
+//! | `io.nacelle.rootfs.upper-size` | MiB, or with Mi, Gi | the same as `upper_mib`        | `rootfs.upper_mib`               |
+//! | `io.nacelle.volumes`       | JSON list           | volumes of the container           | below `annotations.host_paths`   |
 //!
 //! Whoever writes them may create pods and is trusted with nothing else. An annotation that is not in the list, or not
 //! in `annotations.allow`, refuses the pod: a misspelt one must not silently be none. None of them reaches the jail:
@@ -19,6 +24,7 @@ use std::collections::HashMap;
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
+use nacelle_rootfs::source::parse_mib;
 use thiserror::Error;
 
 /// What all of nacelle's annotations begin with.
@@ -35,11 +41,33 @@ pub const CONTAINER_MIB: &str = "io.nacelle.container_mib";
 pub const PATCHES: &str = "io.nacelle.patches";
 /// The guest kernel, a path on the host.
 pub const KERNEL: &str = "io.nacelle.kernel";
+/// A root of another kind than the image's, see [`crate::sources`].
+pub const ROOTFS: &str = "io.nacelle.rootfs";
+/// Format of the disk that is the root.
+pub const ROOTFS_FORMAT: &str = "io.nacelle.rootfs.format";
+/// Type of the file system on the disk that is the root.
+pub const ROOTFS_FSTYPE: &str = "io.nacelle.rootfs.fstype";
+/// Size of the writable disk, with a unit.
+pub const ROOTFS_UPPER_SIZE: &str = "io.nacelle.rootfs.upper-size";
+/// Volumes of the container, see [`crate::sources`].
+pub const VOLUMES: &str = "io.nacelle.volumes";
 
 /// The closed list.
-pub const KNOWN: [&str; 6] = [VCPUS, MEMORY_MIB, UPPER_MIB, CONTAINER_MIB, PATCHES, KERNEL];
+pub const KNOWN: [&str; 11] = [
+    VCPUS,
+    MEMORY_MIB,
+    UPPER_MIB,
+    CONTAINER_MIB,
+    PATCHES,
+    KERNEL,
+    ROOTFS,
+    ROOTFS_FORMAT,
+    ROOTFS_FSTYPE,
+    ROOTFS_UPPER_SIZE,
+    VOLUMES,
+];
 /// What a pod may say where the configuration does not say otherwise: nothing that names the host's files.
-pub const ALLOWED: [&str; 5] = [VCPUS, MEMORY_MIB, UPPER_MIB, CONTAINER_MIB, PATCHES];
+pub const ALLOWED: [&str; 6] = [VCPUS, MEMORY_MIB, UPPER_MIB, CONTAINER_MIB, PATCHES, ROOTFS_UPPER_SIZE];
 
 /// Most bytes of nacelle's annotations of one container, names and values together.
 const MAX_TOTAL: usize = 256 << 10;
@@ -98,6 +126,16 @@ pub struct Wishes {
     pub patches: Option<String>,
     /// The guest kernel, with every link followed.
     pub kernel: Option<PathBuf>,
+    /// Another root, as it was written.
+    pub rootfs: Option<String>,
+    /// Its format, as it was written.
+    pub rootfs_format: Option<String>,
+    /// Its file system, as it was written.
+    pub rootfs_fstype: Option<String>,
+    /// Size of the writable disk, as it was written; [`Wishes::upper_mib`] holds it, too.
+    pub rootfs_upper_size: Option<String>,
+    /// A list of volumes, not decoded.
+    pub volumes: Option<String>,
 }
 
 /// The error for a value that is wrong; `value` is shortened, because a pod's author decides how long it is.
@@ -134,8 +172,23 @@ impl Policy {
                     wishes.container_mib = Some(number(name, value, 1, 1 << 24, "a number from 1 to 16777216")?);
                 }
                 PATCHES => wishes.patches = Some(value.clone()),
+                ROOTFS => wishes.rootfs = Some(value.clone()),
+                ROOTFS_FORMAT => wishes.rootfs_format = Some(value.clone()),
+                ROOTFS_FSTYPE => wishes.rootfs_fstype = Some(value.clone()),
+                ROOTFS_UPPER_SIZE => wishes.rootfs_upper_size = Some(value.clone()),
+                VOLUMES => wishes.volumes = Some(value.clone()),
                 _ => wishes.kernel = Some(self.host_path(name, value)?),
             }
+        }
+        if let Some(size) = &wishes.rootfs_upper_size {
+            let mib = parse_mib(size).map_err(|e| refuse(ROOTFS_UPPER_SIZE, size, e.to_string()))?;
+            if mib < 64 {
+                return Err(refuse(ROOTFS_UPPER_SIZE, size, "64 MiB or more are needed"));
+            }
+            if wishes.upper_mib.is_some_and(|other| other != u64::from(mib)) {
+                return Err(refuse(ROOTFS_UPPER_SIZE, size, format!("{UPPER_MIB} says something else")));
+            }
+            wishes.upper_mib = Some(u64::from(mib));
         }
         Ok(wishes)
     }
@@ -154,8 +207,12 @@ impl Policy {
         // The same words for every failure, so that nobody can ask the host which files it has.
         let outside = || refuse(name, value, "there is no such file below annotations.host_paths");
         let real = path.canonicalize().map_err(|_| outside())?;
-        let below = |dir: &PathBuf| dir.canonicalize().is_ok_and(|dir| real.starts_with(dir));
-        if self.host_paths.iter().any(below) { Ok(real) } else { Err(outside()) }
+        if self.allows(&real) { Ok(real) } else { Err(outside()) }
+    }
+
+    /// Whether a path of the host without links lies below one of `annotations.host_paths`.
+    pub fn allows(&self, real: &Path) -> bool {
+        self.host_paths.iter().any(|dir| dir.canonicalize().is_ok_and(|dir| real.starts_with(dir)))
     }
 }
 

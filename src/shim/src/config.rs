@@ -97,6 +97,7 @@ pub enum ConfigError {
 struct Document {
     vm: VmTable,
     rootfs: RootfsTable,
+    volumes: VolumesTable,
     jail: JailTable,
     annotations: AnnotationsTable,
     log: LogTable,
@@ -144,6 +145,7 @@ struct RootfsTable {
     patches: Option<PathBuf>,
     export: bool,
     proc_root: bool,
+    fallback: Fallback,
 }
 
 impl Default for RootfsTable {
@@ -158,7 +160,20 @@ impl Default for RootfsTable {
             patches: None,
             export: true,
             proc_root: true,
+            fallback: Fallback::Flatten,
         }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct VolumesTable {
+    filesystems: Vec<String>,
+}
+
+impl Default for VolumesTable {
+    fn default() -> Self {
+        Self { filesystems: ["ext4", "xfs", "btrfs", "erofs", "squashfs", "vfat"].map(str::to_owned).to_vec() }
     }
 }
 
@@ -218,6 +233,16 @@ pub enum Verity {
     Off,
     /// What differs from what was converted cannot be read, and is told.
     On,
+}
+
+/// What to do about a root file system that nacelle does not take apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fallback {
+    /// Have the host mount it, and make one image of all of it, for the one container.
+    Flatten,
+    /// Refuse the container.
+    None,
 }
 
 /// What to do about a volume whose file system cannot map ids: its files keep the host's ids, among which the VMM is
@@ -280,6 +305,10 @@ pub struct Config {
     pub export: bool,
     /// The files of a container that is no pod's are the root of its VMM.
     pub proc_root: bool,
+    /// What to do about roots that are neither layers nor images.
+    pub fallback: Fallback,
+    /// Types of file systems that a guest may mount from a disk of the host's.
+    pub filesystems: Vec<String>,
     /// First id of the first pod.
     pub uid_base: u32,
     /// RLIMIT_NOFILE of a VMM.
@@ -362,7 +391,7 @@ fn parse(text: &str, origin: &str) -> Result<Config, ConfigError> {
         line: e.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1),
         message: e.message().replace('\n', " "),
     })?;
-    let Document { vm, rootfs, jail, annotations, log } = document;
+    let Document { vm, rootfs, volumes, jail, annotations, log } = document;
     let config = Config {
         kernel: vm.kernel,
         host_network_kernel: vm.host_network_kernel,
@@ -382,6 +411,8 @@ fn parse(text: &str, origin: &str) -> Result<Config, ConfigError> {
         patches: rootfs.patches,
         export: rootfs.export,
         proc_root: rootfs.proc_root,
+        fallback: rootfs.fallback,
+        filesystems: volumes.filesystems,
         uid_base: jail.uid_base,
         max_files: jail.max_files,
         idmap: jail.idmap,
@@ -417,6 +448,10 @@ impl Config {
         check(fits, "rootfs.container_mib", &self.container_mib, "at most rootfs.upper_mib")?;
         check(self.cache_mib <= 1 << 34, "rootfs.cache_mib", &self.cache_mib, "0 to 17179869184")?;
         check(self.index_mib <= 1 << 34, "rootfs.index_mib", &self.index_mib, "0 to 17179869184")?;
+        for kind in &self.filesystems {
+            let word = !kind.is_empty() && kind.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
+            check(word, "volumes.filesystems", kind, "names of file systems, as in /proc/filesystems")?;
+        }
         let uid_ok = self.uid_base >= UIDS_PER_POD && self.uid_base.is_multiple_of(UIDS_PER_POD);
         check(uid_ok, "jail.uid_base", &self.uid_base, "a multiple of 65536, not zero")?;
         check((1024..=1 << 20).contains(&self.max_files), "jail.max_files", &self.max_files, "1024 to 1048576")?;

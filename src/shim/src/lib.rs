@@ -5,6 +5,7 @@
 //!  serve ── service ── driver ─┬─ sandbox          what is allowed, and in which order
 //!                              ├─ perform          what it takes
 //!                              │    ├─ bundle, spec, config        read and checked
+//!                              │    ├─ sources, disks, mounted     roots and volumes that OCI has no words for
 //!                              │    ├─ pod: state, cgroup, volumes  on the host
 //!                              │    ├─ mirror                      volumes that change while somebody watches
 //!                              │    ├─ network                     the pod's interfaces
@@ -27,6 +28,7 @@ pub mod cgroup;
 pub mod conduct;
 pub mod config;
 pub mod delete;
+pub mod disks;
 pub mod driver;
 pub mod events;
 pub mod export;
@@ -35,6 +37,7 @@ pub mod guest;
 pub mod hooks;
 pub mod info;
 pub mod mirror;
+pub mod mounted;
 pub mod network;
 pub mod patches;
 pub mod perform;
@@ -45,6 +48,7 @@ pub mod sandbox;
 pub mod sandbox_api;
 pub mod server;
 pub mod service;
+pub mod sources;
 pub mod spec;
 pub mod start;
 pub mod state;

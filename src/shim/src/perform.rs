@@ -4,6 +4,7 @@
 //! fail. None of them changes the sandbox's state.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,14 +18,17 @@ use tokio::sync::mpsc;
 use crate::annotations::{PATCHES, Wishes};
 use crate::bundle::{Bundle, Role};
 use crate::config::Config;
+use crate::disks::Disks;
 use crate::export::Export;
 use crate::files;
 use crate::guest::GuestEvent;
 use crate::hooks;
+use crate::mounted::Root;
 use crate::network;
 use crate::patches::{Patches, PatchesError};
 use crate::pod::{Env, Host, Linked, Pod, PodError, Start, blocking, link_layers};
 use crate::sandbox::{KILLED, ProcessKey, Refusal};
+use crate::sources::Sources;
 use crate::spec::{self, SpecError, Translation, Volume};
 use crate::stdio::{Io, Owner, Wanted};
 use crate::task::{Create, Exec, TaskError};
@@ -54,6 +58,8 @@ pub struct Local {
     volumes: Vec<String>,
     /// Names of layers' directories that the guest is shown.
     data: Vec<String>,
+    /// Named volumes that it uses, as long as it is there.
+    _holds: Vec<Arc<File>>,
 }
 
 impl Local {
@@ -64,6 +70,7 @@ impl Local {
             annotations: bundle.annotations().clone(),
             volumes: volumes.iter().map(|volume| volume.name.clone()).collect(),
             data: Vec::new(),
+            _holds: Vec::new(),
             guest_pid: None,
             export: None,
             alone: bundle.role == Role::Single,
@@ -137,14 +144,30 @@ pub async fn create_first(
     let wishes = config.annotations.read(bundle.annotations())?;
     config.kernel = wishes.kernel.clone().or(config.kernel);
     let programs = config.programs(&env.exe, &env.kvm, &bundle.network)?;
-    let inside = match bundle.role {
-        Role::Sandbox => None,
-        _ => Some((spec::translate(&bundle.spec, &id, None)?, plan::plan(&request.rootfs)?)),
+    let patches = patches(&config, &bundle, &wishes)?;
+    let sources = Sources::read(&bundle, &wishes, &config)?;
+    let (mut translation, mut root) = match bundle.role {
+        Role::Sandbox => (None, None),
+        _ => {
+            let root = sources.root(&request.rootfs, &patches, &config, bundle.role == Role::Single)?;
+            (Some(spec::translate(&bundle.spec, &id, None)?), Some(root))
+        }
     };
-    let (translation, rootfs) = inside.unzip();
+    let (wanted, policy) = (sources.disks(root.as_ref()), config.annotations.clone());
+    let disks = blocking("attach disks", move || Disks::attach(&wanted, |path| policy.allows(path))).await?;
+    let root_disk = match root.take() {
+        Some(Root::Disk(wanted)) => Some(disks.find(&wanted).map_err(PodError::from)?),
+        other => {
+            root = other;
+            None
+        }
+    };
+    let holds = match &mut translation {
+        Some(translation) => sources.place(&id, translation, &disks).map_err(PodError::from)?,
+        None => Vec::new(),
+    };
     translation.iter().for_each(|translation| log_dropped(&id, &translation.dropped));
     let volumes = translation.as_ref().map(|translation| translation.volumes.clone()).unwrap_or_default();
-    let patches = patches(&config, &bundle, &wishes)?;
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let size = vm::size(&bundle, &config, cpus, &wishes)?;
     let users = bundle.spec.linux().as_ref().map(spec::users).transpose()?.flatten();
@@ -153,17 +176,18 @@ pub async fn create_first(
 
     let settings = config.clone();
     let (claim_env, found) = (env.clone(), programs.clone());
-    let mut host = blocking("prepare pod", move || Host::claim(&claim_env, config, &found, begin)).await?;
+    let mut host = blocking("prepare pod", move || Host::claim(&claim_env, config, &found, disks, begin)).await?;
     // The lowers are converted while the VM boots: the guest finds them in its share when it needs them.
     let dirs = host.dirs.clone();
     let (name, record, alone) = (id.to_string(), host.record.clone(), exports.then(|| bundle.clone()));
-    let convert = move || match rootfs {
-        Some(rootfs) => {
-            let layers = link_layers(&settings, &dirs, &name, &rootfs, &patches, &record)?;
-            let export = alone.map(|bundle| Export::of(&bundle, &rootfs, size.upper_mib << 20)).transpose()?;
-            Ok::<_, PodError>((layers, export.flatten()))
-        }
-        None => Ok((Linked::default(), None)),
+    let convert = move || {
+        let resolved = root.map(|root| root.resolve(&dirs.mounted(&name))).transpose()?.flatten();
+        let Some((plan, _mounted)) = resolved else {
+            return Ok((Linked { disk: root_disk, ..Linked::default() }, None));
+        };
+        let layers = link_layers(&settings, &dirs, &name, &plan, &patches, &record)?;
+        let export = alone.map(|bundle| Export::of(&bundle, &plan, size.upper_mib << 20)).transpose()?;
+        Ok::<_, PodError>((layers, export.flatten()))
     };
     let layers = tokio::spawn(blocking("convert layers", convert));
     let equip = {
@@ -180,7 +204,7 @@ pub async fn create_first(
     let host = Arc::new(host);
     // A container that is alone brings all of its volumes with it.
     let share = bundle.role == Role::Sandbox || !volumes.is_empty();
-    let mut local = Local::new(&bundle, &request.rootfs, &volumes);
+    let mut local = Local { _holds: holds, ..Local::new(&bundle, &request.rootfs, &volumes) };
     let hooks = local.hooks.as_ref().map(|hooks| (hooks, local.hook_state(&id, "creating", 0)));
     let booted = async {
         let start = Start { programs: &programs, bundle: &bundle, size, users, volumes: share, hooks };
@@ -237,8 +261,14 @@ pub async fn create_next(env: Arc<Env>, pod: Arc<Pod>, id: ContainerId, request:
     }
     translation.add_pods_files(&id, &pod.host.dirs.etc());
     log_dropped(&id, &translation.dropped);
-    let rootfs = plan::plan(&request.rootfs)?;
     let patches = patches(pod.host.config(), &bundle, &wishes)?;
+    let sources = Sources::read(&bundle, &wishes, pod.host.config())?;
+    let root = sources.root(&request.rootfs, &patches, pod.host.config(), false)?;
+    let root_disk = match &root {
+        Root::Disk(wanted) => Some(pod.host.disks.find(wanted).map_err(PodError::from)?),
+        _ => None,
+    };
+    let holds = sources.place(&id, &mut translation, &pod.host.disks).map_err(PodError::from)?;
     let (host, mut volumes) = (pod.host.clone(), translation.volumes.clone());
     let name = id.to_string();
     let pid = pod.vm.pid();
@@ -246,10 +276,13 @@ pub async fn create_next(env: Arc<Env>, pod: Arc<Pod>, id: ContainerId, request:
         volumes.iter_mut().for_each(|volume| volume.or_pods_own(&host.dirs.etc()));
         let degraded = volumes::bind_later(&host.vmm, pid, &host.dirs.volumes(), &volumes, host.idmap())?;
         host.record.set(|status| status.degraded.extend(degraded));
-        link_layers(host.config(), &host.dirs, &name, &rootfs, &patches, &host.record)
+        match root.resolve(&host.dirs.mounted(&name))? {
+            Some((plan, _mounted)) => link_layers(host.config(), &host.dirs, &name, &plan, &patches, &host.record),
+            None => Ok(Linked { disk: root_disk, ..Linked::default() }),
+        }
     });
     let layers = layers.await;
-    let local = Local::new(&bundle, &request.rootfs, &translation.volumes);
+    let local = Local { _holds: holds, ..Local::new(&bundle, &request.rootfs, &translation.volumes) };
     let names = local.volumes.clone();
     let created = async {
         if let Some(hooks) = &local.hooks {
@@ -277,8 +310,8 @@ async fn finish(
     let pid = pod.vm.pid();
     let limit = pod.host.upper_limit(pod.host.policy().read(&local.annotations)?.container_mib)?;
     let io = Io::open(&pod.hub, &owner(env, &id), &wanted).await?;
-    let Linked { lowers, data } = layers?;
-    let Some(Translation { mut spec, pod_pids, users, volumes, .. }) = translation else {
+    let Linked { lowers, data, disk } = layers?;
+    let Some(Translation { mut spec, pod_pids, users, volumes, disks, .. }) = translation else {
         pod.host.record.write();
         return Ok(Created { local, io, pid });
     };
@@ -296,8 +329,10 @@ async fn finish(
     let mirrors = move || Ok::<_, PodError>(watching.mirrors.add(&watching.guest, &volumes));
     let mirrors = blocking("watch volumes", mirrors).await?;
     spec::use_mirrors(&mut spec, &mirrors);
-    let rootfs = Rootfs { lowers, upper_bytes: limit, mapped: ids.is_some() };
-    let container = Container { spec, rootfs, pod_pids, users, mirrors };
+    // What a container writes to a disk is bounded by the disk.
+    let limit = limit.filter(|_| disk.is_none());
+    let rootfs = Rootfs { lowers, disk, upper_bytes: limit, mapped: ids.is_some() };
+    let container = Container { spec, rootfs, pod_pids, users, mirrors, disks };
     let create = async { Ok::<_, TaskError>(pod.guest.create(&id, &container, wanted.terminal, io.names()).await?) };
     let asked = Instant::now();
     let (created, ()) = tokio::join!(pod.while_alive(create), show_files(pod, &id, local.alone));

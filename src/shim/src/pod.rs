@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use nacelle_protocol::agent::{Lower, Users, Verity};
+use nacelle_protocol::agent::{Disk, Lower, Users, Verity};
 use nacelle_protocol::features;
 use nacelle_protocol::ids::SandboxId;
 use nacelle_protocol::vm::{Network, Nics};
@@ -40,10 +40,12 @@ use crate::bundle::{Bundle, Role};
 use crate::cgroup::CgroupError;
 use crate::conduct::Conduct;
 use crate::config::{self, Config, Idmap, Origin, Programs};
+use crate::disks::DiskError;
 use crate::files::FilesError;
 use crate::guest::{Guest, GuestError, GuestEvent};
 use crate::hooks::{self, HookError};
 use crate::mirror::Mirrors;
+use crate::mounted::MountedError;
 use crate::network::forward::{self, Doors};
 use crate::network::{Netns, NetworkError};
 use crate::patches::Patches;
@@ -88,6 +90,12 @@ pub enum PodError {
     /// The volumes.
     #[error(transparent)]
     Volume(#[from] VolumeError),
+    /// Disks of the host's.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// A root that the host mounts.
+    #[error(transparent)]
+    Mounted(#[from] MountedError),
     /// The cgroup.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
@@ -190,6 +198,8 @@ pub struct Linked {
     pub lowers: Vec<Lower>,
     /// Directories that [`Pod::lend`] has to show the guest, and their names there.
     pub data: Vec<(String, PathBuf)>,
+    /// The disk that is the root, instead of lowers.
+    pub disk: Option<Disk>,
 }
 
 /// Brings a root file system's lowers into the pod's share.
@@ -251,7 +261,7 @@ pub fn link_layers(
     afterwards::start(cache, &layers, config.cache_mib);
     // Their images are linked; only containers' own conversions were in there.
     std::fs::remove_dir_all(&scratch).map_err(io_error("remove", &scratch))?;
-    Ok(Linked { lowers, data })
+    Ok(Linked { lowers, data, disk: None })
 }
 
 /// A pod whose guest is up.
@@ -321,6 +331,7 @@ impl Pod {
                 Network::Host => false,
             },
             volumes,
+            disks: host.disks.devices().collect(),
         };
         let vm_config = vm::plan(&env.sandbox, size, config, programs, &host.dirs, place);
         let listener = |l: std::os::unix::net::UnixListener, path: PathBuf| {

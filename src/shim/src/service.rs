@@ -16,6 +16,7 @@ use containerd_shim_protos::types::task::{ProcessInfo, Status};
 use nacelle_protocol::ids::{ContainerId, ExecId};
 use nacelle_rootfs::cache::CacheError;
 use nacelle_rootfs::plan::Mount;
+use nacelle_rootfs::volume::store::StoreError;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{EnumOrUnknown, MessageField};
@@ -23,12 +24,14 @@ use ttrpc::r#async::{Service, TtrpcContext};
 use ttrpc::{Code, get_status};
 
 use crate::bootstrap;
+use crate::disks::DiskError;
 use crate::driver::Handle;
 use crate::guest::{GuestError, STATS_TYPE};
 use crate::pod::PodError;
 use crate::publisher::timestamp;
 use crate::sandbox::{Exit, Phase, ProcessKey, Refusal};
 use crate::sandbox_api;
+use crate::sources::SourcesError;
 use crate::stdio::Wanted;
 use crate::task::{Call, Create, Exec, Reply, TaskError};
 
@@ -74,11 +77,20 @@ pub fn code_of(error: &TaskError) -> Code {
         | TaskError::Spec(_)
         | TaskError::Plan(_)
         | TaskError::Patches(_)
+        | TaskError::Sources(SourcesError::Annotation(_) | SourcesError::Mount(_) | SourcesError::Plan(_))
         // A patch that cannot be applied is the request's fault as well.
         | TaskError::Pod(PodError::Layers(CacheError::Patch(_)))
         | TaskError::Stdio(_)
         | TaskError::Config(_)
         | TaskError::Decode { .. } => Code::INVALID_ARGUMENT,
+        TaskError::Sources(SourcesError::Store(StoreError::NotFound(_))) => Code::NOT_FOUND,
+        TaskError::Sources(SourcesError::Disk(error)) | TaskError::Pod(PodError::Disk(error)) => match error {
+            DiskError::Busy { .. } | DiskError::Late(_) => Code::FAILED_PRECONDITION,
+            DiskError::Lock { .. } => Code::UNKNOWN,
+            DiskError::Chain(_) | DiskError::Kind(_) | DiskError::ReadOnlyFormat(_) | DiskError::Twice(_) => {
+                Code::INVALID_ARGUMENT
+            }
+        },
         TaskError::NoProcess(..) => Code::FAILED_PRECONDITION,
         TaskError::Guest(GuestError::Refused { code, .. }) => match code {
             // Not Unimplemented: containerd would take it for a shim of an older version, and ask again.
@@ -91,6 +103,7 @@ pub fn code_of(error: &TaskError) -> Code {
         | TaskError::Leaving => Code::UNAVAILABLE,
         TaskError::Guest(_)
         | TaskError::Pod(_)
+        | TaskError::Sources(_)
         | TaskError::Export(_)
         | TaskError::Volume(_)
         | TaskError::Hook(_) => Code::UNKNOWN,

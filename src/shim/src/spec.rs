@@ -7,6 +7,7 @@
 //! |-------------------------------------------------------------------|-------------------------------------------------------|
 //! | process, root, host name, sysctls, limits, seccomp, masked paths  | copied                                                  |
 //! | bind mounts                                                       | become volumes: see [`Volume`]                          |
+//! | mounts of nacelle's own types                                     | see [`crate::sources`]                                  |
 //! | namespaces                                                        | pid, ipc, uts, mount and cgroup; the pod's are the guest's |
 //! | AppArmor, SELinux, block I/O, RDT, devices of the host            | dropped, and said so: they mean something of the host's |
 //! | a user namespace                                                  | one of the guest's with the same ids: see [`users`]     |
@@ -14,7 +15,7 @@
 
 use std::path::{Path, PathBuf};
 
-use nacelle_protocol::agent::{MIRRORS_DIR, Mirror, Users, VOLUMES_DIR};
+use nacelle_protocol::agent::{Disk, MIRRORS_DIR, Mirror, Users, VOLUMES_DIR};
 use nacelle_protocol::ids::{ContainerId, SandboxId};
 use oci_spec::runtime::{
     Linux, LinuxDevice, LinuxDeviceType, LinuxIdMapping, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount,
@@ -85,6 +86,9 @@ pub struct Volume {
     pub follows: bool,
 }
 
+/// What the types of mounts begin with that are nacelle's own, see [`crate::sources`].
+pub const OWN_TYPES: &str = "nacelle.";
+
 /// How the name of a volume ends whose files' ids are those of the pod's user namespace.
 const MAPPED: &str = "-mapped";
 
@@ -122,6 +126,8 @@ pub struct Translation {
     pub spec: Value,
     /// The volumes that its bind mounts stand for.
     pub volumes: Vec<Volume>,
+    /// Disks of the VM's that it has as volumes.
+    pub disks: Vec<Disk>,
     /// What was left out, for the log.
     pub dropped: Vec<String>,
     /// It shares process ids with other containers of the pod.
@@ -131,18 +137,36 @@ pub struct Translation {
 }
 
 impl Translation {
+    /// What the names of its volumes end with.
+    pub fn suffix(&self) -> &'static str {
+        if self.users.is_some() { MAPPED } else { "" }
+    }
+
+    /// Puts mounts into the configuration: those that stand for one of nacelle's own types in its place, in their order, and the
+    /// others behind all.
+    pub fn put(&mut self, places: Vec<(Value, bool)>) {
+        let Some(mounts) = self.spec.get_mut("mounts").and_then(Value::as_array_mut) else { return };
+        let own = |mount: &Value| mount["type"].as_str().is_some_and(|kind| kind.starts_with(OWN_TYPES));
+        for (mount, stands_for_one) in places {
+            match mounts.iter_mut().find(|place| stands_for_one && own(place)) {
+                Some(place) => *place = mount,
+                None => mounts.push(mount),
+            }
+        }
+    }
+
     /// Adds the pod's own files below /etc, which are in directory `etc` where the shim has made them, unless the
     /// configuration says what shall be there.
     pub fn add_pods_files(&mut self, id: &ContainerId, etc: &Path) {
         let read_only = self.spec.pointer("/root/readonly") == Some(&Value::Bool(true));
+        let suffix = self.suffix();
         let Some(mounts) = self.spec.get_mut("mounts").and_then(Value::as_array_mut) else { return };
         for (name, source) in ETC.map(|name| (name, etc.join(name))).into_iter().filter(|(_, source)| source.exists()) {
             let destination = Path::new("/etc").join(name);
             if mounts.iter().any(|mount| mount["destination"] == json!(destination)) {
                 continue;
             }
-            let mapped = if self.users.is_some() { MAPPED } else { "" };
-            let name = format!("{id}-{}{mapped}", self.volumes.len());
+            let name = format!("{id}-{}{suffix}", self.volumes.len());
             let options = ["bind", "rprivate", if read_only { "ro" } else { "rw" }];
             let place = Path::new(VOLUMES_DIR).join(&name);
             mounts.push(json!({ "destination": destination, "type": "bind", "source": place, "options": options }));
@@ -192,7 +216,7 @@ pub fn translate(host: &Spec, id: &ContainerId, pod: Option<&SandboxId>) -> Resu
     put(&mut spec, "domainname", host.domainname());
     spec.insert("mounts".into(), Value::Array(mounts));
     spec.insert("linux".into(), linux_section(linux, id, pod.is_some(), &mut pod_pids, &mut dropped)?);
-    Ok(Translation { spec: Value::Object(spec), volumes, dropped, pod_pids, users })
+    Ok(Translation { spec: Value::Object(spec), volumes, disks: Vec::new(), dropped, pod_pids, users })
 }
 
 /// The user namespace that a configuration asks for, whether new or somebody's: in the guest all containers of a pod that
@@ -304,6 +328,8 @@ fn mount(host: &Mount, id: &ContainerId, users: Option<Users>, volumes: &mut Vec
         "cgroup2" => {
             Ok(json!({ "destination": destination, "type": "cgroup", "source": "cgroup", "options": options }))
         }
+        // A place for what becomes of it.
+        _ if kind.starts_with(OWN_TYPES) => Ok(json!({ "destination": destination, "type": kind })),
         _ => Err(SpecError::MountType { destination: destination.clone(), kind: kind.chars().take(80).collect() }),
     }
 }

@@ -115,6 +115,11 @@ impl Dirs {
         self.run.join("sock/stream.sock")
     }
 
+    /// Where the root of a container is mounted that nacelle does not take apart.
+    pub fn mounted(&self, container: &str) -> PathBuf {
+        self.run.join("mounted").join(container)
+    }
+
     /// Source of the share "volumes".
     pub fn volumes(&self) -> PathBuf {
         self.run.join("volumes")
@@ -222,6 +227,12 @@ impl Dirs {
         rmdir(self.etc())?;
         rmdir(self.volumes())?;
         rmdir(self.jail_root())?;
+        // Empty, but for a shim that died while it converted one; what it had mounted went with it.
+        let mounted = self.run.join("mounted");
+        for point in fs::read_dir(&mounted).into_iter().flatten().flatten() {
+            rmdir(point.path())?;
+        }
+        rmdir(mounted)?;
         rm(self.run.join("state.json.new"))?;
         rm(self.run.join(STATUS_FILE))?;
         rm(self.run.join(STATUS_FILE).with_extension("tmp"))?;

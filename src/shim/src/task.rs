@@ -16,6 +16,7 @@ use crate::hooks::HookError;
 use crate::patches::PatchesError;
 use crate::pod::PodError;
 use crate::sandbox::{Exit, Phase, ProcessKey, Refusal};
+use crate::sources::SourcesError;
 use crate::spec::SpecError;
 use crate::stdio::{StdioError, Wanted};
 use crate::volumes::VolumeError;
@@ -140,6 +141,9 @@ pub enum TaskError {
     /// A list of patches is not in order.
     #[error(transparent)]
     Patches(#[from] PatchesError),
+    /// A root or volume of nacelle's own words is not in order.
+    #[error(transparent)]
+    Sources(#[from] SourcesError),
     /// The configuration is not in order.
     #[error(transparent)]
     Config(#[from] ConfigError),

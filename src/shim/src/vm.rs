@@ -162,6 +162,8 @@ pub struct Place {
     pub wired: bool,
     /// Whether it has volumes, or may get some later. Without, the VMM holds no capability at all.
     pub volumes: bool,
+    /// Disks that it brings with it.
+    pub disks: Vec<Disk>,
 }
 
 /// Describes the VM. The devices are all there will ever be: what comes later goes through the shares.
@@ -184,7 +186,7 @@ pub fn plan(
         agent: place.agent,
         kernel_args: config.kernel_args.clone(),
         shares: std::iter::once(share(LAYERS_TAG, dirs.layers(), true)).chain(volumes).collect(),
-        disks: vec![Disk { serial: UPPER_SERIAL.to_owned(), source: dirs.upper(), read_only: false }],
+        disks: std::iter::once(Disk::raw(UPPER_SERIAL, dirs.upper(), false)).chain(place.disks).collect(),
         sockets: vec![
             Socket { port: RPC_PORT, source: dirs.rpc_socket() },
             Socket { port: STREAM_PORT, source: dirs.stream_socket() },
@@ -526,7 +528,8 @@ mod tests {
 
     fn nowhere() -> Place {
         let (cgroups, network) = (Vec::new(), Network::New);
-        Place { uid_base: 65536, pod_root: None, agent: "/a".into(), cgroups, network, wired: false, volumes: true }
+        let (agent, disks) = ("/a".into(), Vec::new());
+        Place { uid_base: 65536, pod_root: None, agent, cgroups, network, wired: false, volumes: true, disks }
     }
 
     fn dummy() -> VmConfig {

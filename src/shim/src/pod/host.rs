@@ -17,6 +17,7 @@ use crate::annotations::{AnnotationError, CONTAINER_MIB, Policy, refuse};
 use crate::bundle::Bundle;
 use crate::cgroup::{self, CgroupError};
 use crate::config::{Config, Idmap, Programs};
+use crate::disks::Disks;
 use crate::network::{self, Attached, Netns, NetworkError, Owner};
 use crate::spec::Volume;
 use crate::state::{Dirs, Process, State, StateError, UidSlot};
@@ -49,6 +50,8 @@ pub struct Host {
     socket: PathBuf,
     /// How the start went, for people.
     pub record: Arc<Record>,
+    /// The disks that it brings with it.
+    pub disks: Disks,
 }
 
 /// The sockets that the guest dials.
@@ -63,7 +66,13 @@ impl Host {
     ///
     /// # Errors
     /// [`PodError`]; nothing is left.
-    pub fn claim(env: &Env, config: Config, programs: &Programs, begin: Instant) -> Result<Self, PodError> {
+    pub fn claim(
+        env: &Env,
+        config: Config,
+        programs: &Programs,
+        disks: Disks,
+        begin: Instant,
+    ) -> Result<Self, PodError> {
         let agent = program::image(&config.data_dir, &programs.agent, AGENT_NAME, MOUNT_POINTS)?;
         let vmm = programs.vmm.clone();
         let dirs = Dirs::new(&env.run_root, &config.data_dir, &env.namespace, &env.sandbox);
@@ -82,7 +91,8 @@ impl Host {
                 let label = network::label(&env.namespace, &env.sandbox);
                 let (netns, netns_path) = (OnceLock::new(), None);
                 let cgroups = Vec::new();
-                let host = Self { dirs, slot, cgroups, agent, label, netns, netns_path, vmm, config, socket, record };
+                let host =
+                    Self { dirs, slot, cgroups, agent, label, netns, netns_path, vmm, config, socket, record, disks };
                 host.write_state(None).inspect_err(|_| host.remove())?;
                 Ok(host)
             }
