@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use nacelle_rootfs::Limits;
-use nacelle_rootfs::patch::{self, LowerImage, Patch, Sources};
+use nacelle_rootfs::patch::{self, Change, LowerImage, Patch, Sources};
 
 use crate::units;
 
@@ -65,14 +65,14 @@ fn read(path: &Path) -> anyhow::Result<Vec<Patch>> {
 }
 
 fn kind(patch: &Patch) -> &'static str {
-    match patch {
-        Patch::Write { .. } => "write",
-        Patch::CopyFile { .. } => "copy-file",
-        Patch::CopyDir { .. } => "copy-dir",
-        Patch::Symlink { .. } => "symlink",
-        Patch::Mkdir { .. } => "mkdir",
-        Patch::Remove { .. } => "remove",
-        Patch::Append { .. } => "append",
+    match patch.change {
+        Change::Write { .. } => "write",
+        Change::CopyFile { .. } => "copy-file",
+        Change::CopyDir { .. } => "copy-dir",
+        Change::Symlink { .. } => "symlink",
+        Change::Mkdir { .. } => "mkdir",
+        Change::Remove { .. } => "remove",
+        Change::Append { .. } => "append",
     }
 }
 

@@ -14,7 +14,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use common::{Dice, NAMES, assert_same, assert_sound, convert, dir, mount_erofs, mount_overlay, survey, workshop};
 use nacelle_rootfs::Limits;
 use nacelle_rootfs::erofs::writer::Plan;
-use nacelle_rootfs::patch::{Given, LowerImage, Patch, PatchError, Preserve, Sources, build, decode};
+use nacelle_rootfs::patch::{Change, Given, LowerImage, Patch, PatchError, Preserve, Sources, build, decode};
 use nacelle_rootfs::path::GuestPath;
 use nacelle_rootfs::tree::Tree;
 use nix::mount::{MsFlags, mount};
@@ -433,24 +433,24 @@ fn by_hand(root: &Path, patch: &Patch) -> Result<(), ()> {
         fs::create_dir_all(parent).unwrap();
         Ok(())
     };
-    match patch {
-        Patch::Write { content, given, replace, .. } => {
+    match &patch.change {
+        Change::Write { content, given, replace, .. } => {
             prepare(*replace)?;
             put_file(&path, content, u32::from(given.mode.unwrap_or(0o644)));
         }
-        Patch::CopyFile { source, replace, .. } => {
+        Change::CopyFile { source, replace, .. } => {
             prepare(*replace)?;
             put_file(&path, &fs::read(source).unwrap(), mode(source));
         }
-        Patch::CopyDir { source, replace, .. } => {
+        Change::CopyDir { source, replace, .. } => {
             prepare(*replace)?;
             put_tree(&path, source);
         }
-        Patch::Symlink { target, replace, .. } => {
+        Change::Symlink { target, replace, .. } => {
             prepare(*replace)?;
             put_link(&path, Path::new(std::ffi::OsStr::from_bytes(target)));
         }
-        Patch::Mkdir { given, .. } => {
+        Change::Mkdir { given, .. } => {
             if !way_is_free || there.as_ref().is_some_and(|m| !m.is_dir()) {
                 return Err(());
             }
@@ -459,12 +459,12 @@ fn by_hand(root: &Path, patch: &Patch) -> Result<(), ()> {
                 fs::set_permissions(&path, fs::Permissions::from_mode(mode.into())).unwrap();
             }
         }
-        Patch::Remove { .. } => {
+        Change::Remove { .. } => {
             if way_is_free {
                 clear(&path);
             }
         }
-        Patch::Append { content, .. } => {
+        Change::Append { content, .. } => {
             let there = there.filter(|m| m.is_file()).ok_or(())?;
             let mut file = fs::OpenOptions::new().append(true).open(&path).unwrap();
             file.write_all(content).unwrap();
@@ -520,15 +520,16 @@ fn random_patch(dice: &mut Dice, host: &Path) -> Patch {
     let replace = dice.roll(3) > 0;
     let given = Given { mode: [None, Some(0o600), Some(0o711)][dice.roll(3)], ..Given::default() };
     let content = vec![b'p'; dice.roll(4000)];
-    match dice.roll(10) {
-        0 | 1 => Patch::Write { path, content, given, replace },
-        2 => Patch::CopyFile { source: host.join("file"), path, given: Given::default(), replace },
-        3 | 4 => Patch::CopyDir { source: host.join("tree"), path, preserve: Preserve::default(), replace },
-        5 => Patch::Symlink { path, target: b"b".into(), replace },
-        6 | 7 => Patch::Mkdir { path, given },
-        8 => Patch::Remove { path },
-        _ => Patch::Append { path, content },
-    }
+    let change = match dice.roll(10) {
+        0 | 1 => Change::Write { path, content, given, replace },
+        2 => Change::CopyFile { source: host.join("file"), path, given: Given::default(), replace },
+        3 | 4 => Change::CopyDir { source: host.join("tree"), path, preserve: Preserve::default(), replace },
+        5 => Change::Symlink { path, target: b"b".into(), replace },
+        6 | 7 => Change::Mkdir { path, given },
+        8 => Change::Remove { path },
+        _ => Change::Append { path, content },
+    };
+    change.into()
 }
 
 /// Random patches over random layers: the new lower shows what the kernel shows of a writable overlay in which the same was done
@@ -584,4 +585,161 @@ fn patches_equal_work_by_hand() {
         assert_same(&expected, &found);
     }
     assert!(applied > 200 && refused > 50, "{applied} applied, {refused} refused, {:?}", started.elapsed());
+}
+
+/// Text at a path through links, and what the container then finds there.
+fn through_links(bench: &mut Bench, path: &str, json: &str) -> Result<PathBuf, String> {
+    let image = bench.build(json).map_err(|e| std::error::Error::source(&e).unwrap().to_string())?;
+    let merged = bench.show(&image);
+    let found = in_root(&merged, path).unwrap_or_else(|e| panic!("{json}: {path} is not found: {e}"));
+    assert!(found.metadata().unwrap().is_file());
+    Ok(merged)
+}
+
+/// Opens a path as who has `root` as its root does.
+fn in_root(root: &Path, path: &str) -> std::io::Result<File> {
+    use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
+    let root = rustix::fs::openat(CWD, root, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat2(root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT)?.into())
+}
+
+/// A15: a distribution with merged directories.
+#[test]
+fn links_are_followed_inside_the_image() {
+    let bottom = |root: &Path| {
+        write(root.join("usr/bin/sh"), "sh\n");
+        fs::set_permissions(root.join("usr/bin"), fs::Permissions::from_mode(0o711)).unwrap();
+        symlink("usr/bin", root.join("bin")).unwrap();
+        symlink("/run", root.join("run-link")).unwrap();
+        write(root.join("run/lock"), "");
+        symlink("../../../../run", dir(root.join("var")).join("run")).unwrap();
+    };
+    let top = |root: &Path| {
+        write(root.join("usr/share/zone"), "UTC\n");
+        symlink("../usr/share/zone", dir(root.join("etc")).join("localtime")).unwrap();
+        symlink("loop", root.join("loop")).unwrap();
+        symlink("gone/../x", root.join("past-nothing")).unwrap();
+        symlink("usr/share/zone/", root.join("slash")).unwrap();
+        symlink("/", root.join("self")).unwrap();
+        symlink("new/place", root.join("dangling")).unwrap();
+        symlink("/etc", root.join("host-etc")).unwrap();
+    };
+    let mut bench = Bench::new(&[&bottom, &top]);
+    let text = |path: &str| format!(r#"{{"kind":"text","path":"{path}","content":"new","follow_symlinks":true}}"#);
+    let merged = bench.merged(&format!(
+        r#"[{}, {}, {}, {}, {}, {}, {},
+            {{"kind":"append","path":"/bin/sh","content":"more\n","follow_symlinks":true}},
+            {{"kind":"append","path":"/etc/localtime","content":"CET\n","follow_symlinks":true}},
+            {{"kind":"mkdir","path":"/bin/deep/er","follow_symlinks":true}},
+            {{"kind":"symlink","target":"/usr","link":"/late","replace":true}},
+            {{"kind":"text","path":"/late/lib/x","content":"late","follow_symlinks":true}},
+            {{"kind":"remove","path":"/run-link/lock","follow_symlinks":true}}]"#,
+        text("/bin/new"),
+        text("/run-link/a"),
+        text("/var/run/b"),
+        text("/self/self/c"),
+        text("/dangling/d"),
+        text("/host-etc/passwd"),
+        text("/bin/etc/deeper"),
+    ));
+    for path in ["usr/bin/new", "run/a", "run/b", "c", "new/place/d", "etc/passwd", "usr/bin/etc/deeper"] {
+        assert_eq!(fs::read(merged.join(path)).unwrap(), b"new", "{path}");
+    }
+    assert_eq!(fs::read(merged.join("usr/bin/sh")).unwrap(), b"sh\nmore\n");
+    assert_eq!(fs::read(merged.join("usr/share/zone")).unwrap(), b"UTC\nCET\n");
+    assert_eq!(fs::read(merged.join("usr/lib/x")).unwrap(), b"late", "links of earlier patches count");
+    assert_eq!(mode(&merged.join("usr/bin")), 0o711);
+    assert!(!exists(&merged.join("run/lock")) && merged.join("usr/bin/deep/er").is_dir());
+    for link in ["bin", "var/run", "etc/localtime", "dangling"] {
+        assert!(merged.join(link).is_symlink(), "{link} stays a link");
+    }
+    let table = [
+        (text("/loop/x"), "more than 40 symbolic links on the way"),
+        (text("/past-nothing/x"), "/gone is no directory (it does not exist)"),
+        (text("/etc/localtime/x"), "/usr/share/zone is no directory (regular file)"),
+        (text("/bin/sh"), "has a regular file there; set \"replace\""),
+        (
+            r#"{"kind":"append","path":"/slash","content":"","follow_symlinks":true}"#.into(),
+            "/usr/share/zone is no directory",
+        ),
+        (r#"{"kind":"append","path":"/self","content":"","follow_symlinks":true}"#.into(), "it is a directory"),
+        (r#"{"kind":"append","path":"/dangling","content":"","follow_symlinks":true}"#.into(), "it does not exist"),
+        // Without the option nothing has changed.
+        (r#"{"kind":"text","path":"/bin/x","content":""}"#.into(), "/bin is no directory (symlink)"),
+        (r#"{"kind":"append","path":"/etc/localtime","content":""}"#.into(), "it is a symlink"),
+        (r#"{"kind":"mkdir","path":"/etc/localtime","follow_symlinks":true}"#.into(), "it is a symlink"),
+    ];
+    for (json, part) in table {
+        let message = bench.refused(&format!("[{json}]"));
+        assert!(message.contains(part), "{message} lacks {part}");
+    }
+}
+
+/// A15: random layers with links everywhere. What was put somewhere is found there by who lives in the root, and what was appended to
+/// is what was found there before; where the patch is refused, nothing could have been found.
+#[test]
+fn followed_links_lead_where_the_kernel_finds_them() {
+    const TARGETS: [&str; 14] =
+        ["a", "b", "../b", "/a/b", "/c", "../../d", "b/../c", "/", ".", "c/", "a/.", "/a/../b", "..", "d//a"];
+    let mut bench = Bench::new(&[]);
+    let (mut done, mut refused) = (0, 0);
+    for seed in 1..=12u64 {
+        let mut dice = Dice(seed * 7_654_321);
+        (bench.images, bench.mounted) = (Vec::new(), Vec::new());
+        for layer in 0..3 {
+            let mut tree = Tree { inodes: Vec::new() };
+            common::grow_layer(&mut tree, &mut dice, layer, 0);
+            for inode in &mut tree.inodes {
+                use nacelle_rootfs::tree::Node;
+                if matches!(inode.node, Node::Symlink(_)) || (inode.is_whiteout() && dice.roll(2) == 0) {
+                    inode.node = Node::Symlink(TARGETS[dice.roll(TARGETS.len())].as_bytes().into());
+                }
+            }
+            let image = bench.workshop.path().join(format!("{seed}-{layer}.erofs"));
+            Plan::new(&tree).unwrap().write(File::create(&image).unwrap()).unwrap();
+            bench.mounted.insert(0, mount_erofs(&image, &image.with_extension("mounted")));
+            bench.images.push(image);
+        }
+        let lowers: Vec<&Path> = bench.mounted.iter().map(PathBuf::as_path).collect();
+        let before = mount_overlay(&lowers, &bench.workshop.path().join(format!("{seed}")));
+        for _ in 0..25 {
+            let depth = 1 + dice.roll(3);
+            let path: String = (0..depth).map(|_| format!("/{}", ["a", "b", "c", "d"][dice.roll(4)])).collect();
+            let new = format!("{path}/new");
+            let json = format!(r#"[{{"kind":"text","path":"{new}","content":"x","follow_symlinks":true}}]"#);
+            let parent = in_root(&before, &path).and_then(|file| file.metadata());
+            match through_links(&mut bench, &new, &json) {
+                Ok(merged) => {
+                    let mut content = String::new();
+                    std::io::Read::read_to_string(&mut in_root(&merged, &new).unwrap(), &mut content).unwrap();
+                    assert_eq!(content, "x", "seed {seed}: {new}");
+                    // What was found as something else than a directory cannot have a name in it.
+                    assert!(parent.as_ref().map_or(true, |m| m.is_dir()), "seed {seed}: {new}");
+                    done += 1;
+                }
+                Err(error) => {
+                    assert!(!parent.is_ok_and(|m| m.is_dir()), "seed {seed}: {new} must be possible: {error}");
+                    refused += 1;
+                }
+            }
+            let json = format!(r#"[{{"kind":"append","path":"{path}","content":"+","follow_symlinks":true}}]"#);
+            let there = in_root(&before, &path).ok().filter(|file| file.metadata().unwrap().is_file());
+            match (through_links(&mut bench, &path, &json), there) {
+                (Ok(merged), Some(there)) => {
+                    let read = |mut file: File| {
+                        let mut content = Vec::new();
+                        std::io::Read::read_to_end(&mut file, &mut content).unwrap();
+                        content
+                    };
+                    let expected = [read(there), b"+".to_vec()].concat();
+                    assert_eq!(read(in_root(&merged, &path).unwrap()), expected, "seed {seed}: {path}");
+                    done += 1;
+                }
+                (Err(_), None) => refused += 1,
+                (built, there) => panic!("seed {seed}: append to {path}: {built:?}, and there was {there:?}"),
+            }
+        }
+    }
+    assert!(done > 100 && refused > 50, "{done} done, {refused} refused");
 }

@@ -11,7 +11,8 @@
 use std::fs::File;
 
 use super::copy::{Sources, permissions};
-use super::{ApplyError, Given, Patch, Preserve};
+use super::follow::follow;
+use super::{ApplyError, Change, Given, Patch, Preserve};
 use crate::Limits;
 use crate::builder::Builder;
 use crate::erofs::reader;
@@ -23,15 +24,15 @@ type Names = [Box<[u8]>];
 
 /// What the patches so far come to.
 pub struct Upper<'a> {
-    stack: &'a Stack<'a, File>,
+    pub(super) stack: &'a Stack<'a, File>,
     layers: &'a [&'a str],
     sources: &'a Sources,
     limits: &'a Limits,
-    tree: Builder,
+    pub(super) tree: Builder,
 }
 
 /// What is at a path.
-enum Seen {
+pub(super) enum Seen {
     Nothing,
     Patched(InodeId),
     Lower(Found),
@@ -59,29 +60,40 @@ impl<'a> Upper<'a> {
 
     /// Applies one patch.
     pub fn apply(&mut self, patch: &Patch) -> Result<(), ApplyError> {
-        match patch {
-            Patch::Write { path, content, given, replace } => {
+        if patch.follow_symlinks {
+            let last_too = matches!(patch.change, Change::Append { .. });
+            let path = follow(self, patch.path(), last_too)?;
+            self.apply_at(&path, &patch.change)
+        } else {
+            self.apply_at(patch.path(), &patch.change)
+        }
+    }
+
+    /// Does a change at a path that links have no part in.
+    fn apply_at(&mut self, path: &GuestPath, change: &Change) -> Result<(), ApplyError> {
+        match change {
+            Change::Write { content, given, replace, .. } => {
                 let data = Data::Bytes(content.as_slice().into());
                 let node = Node::File { size: content.len() as u64, data };
                 self.put(path, *replace, new_node(node, given, 0o644))
             }
-            Patch::CopyFile { source, path, given, replace } => {
+            Change::CopyFile { source, given, replace, .. } => {
                 self.check_free(path, *replace)?;
                 let (mode, node) = self.sources.file(source, self.limits)?;
                 self.put(path, *replace, new_node(node, given, permissions(mode, false)))
             }
-            Patch::CopyDir { source, path, preserve, replace } => {
+            Change::CopyDir { source, preserve, replace, .. } => {
                 self.check_free(path, *replace)?;
                 let parent = self.parents(path)?;
                 self.copy_dir(parent, path.split().1, source, *preserve)
             }
-            Patch::Symlink { target, path, replace } => {
+            Change::Symlink { target, replace, .. } => {
                 let node = Node::Symlink(target.as_slice().into());
                 self.put(path, *replace, new_node(node, &Given::default(), 0o777))
             }
-            Patch::Mkdir { path, given } => self.mkdir(path, given),
-            Patch::Remove { path } => self.remove(path),
-            Patch::Append { path, content } => self.append(path, content),
+            Change::Mkdir { given, .. } => self.mkdir(path, given),
+            Change::Remove { .. } => self.remove(path),
+            Change::Append { content, .. } => self.append(path, content),
         }
     }
 
@@ -237,7 +249,7 @@ impl<'a> Upper<'a> {
         Ok(at)
     }
 
-    fn see(&self, names: &Names) -> Result<Seen, ApplyError> {
+    pub(super) fn see(&self, names: &Names) -> Result<Seen, ApplyError> {
         match self.tree.find(names) {
             Some(id) if self.tree.inode(id).is_whiteout() => Ok(Seen::Nothing),
             Some(id) => Ok(Seen::Patched(id)),
@@ -307,7 +319,7 @@ impl<'a> Upper<'a> {
         fits.map(|size| vec![0; size]).ok_or(ApplyError::Limit { what: "bytes in a file to append to", limit })
     }
 
-    fn read_failed(&self, found: &Found, source: reader::ReadError) -> ApplyError {
+    pub(super) fn read_failed(&self, found: &Found, source: reader::ReadError) -> ApplyError {
         ApplyError::Read { layer: self.layers[found.layer].into(), source }
     }
 }

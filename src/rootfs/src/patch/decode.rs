@@ -7,7 +7,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde::de::{Deserialize, Deserializer, Error};
 use serde_json::Value;
 
-use super::{Given, Patch, PatchError, Preserve};
+use super::{Change, Given, Patch, PatchError, Preserve};
 use crate::Limits;
 use crate::path::GuestPath;
 
@@ -20,11 +20,23 @@ pub fn decode(json: &[u8], limits: &Limits) -> Result<Vec<Patch>, PatchError> {
     if list.len() > limits.patches {
         return Err(PatchError::TooMany(limits.patches));
     }
-    let read = |(index, value)| {
-        let raw = serde_json::from_value::<Raw>(tagged(value));
-        raw.and_then(Patch::try_from).map_err(|source| PatchError::Entry { index, source })
-    };
+    let read = |(index, value)| one(value).map_err(|source| PatchError::Entry { index, source });
     list.into_iter().enumerate().map(read).collect()
+}
+
+fn one(value: Value) -> Result<Patch, serde_json::Error> {
+    let mut value = tagged(value);
+    let follow = value.as_object_mut().and_then(|fields| fields.remove("follow_symlinks"));
+    let follow_symlinks = follow.map_or(Ok(None), serde_json::from_value::<Option<bool>>);
+    let follow_symlinks = follow_symlinks.map_err(|e| Error::custom(format!("follow_symlinks: {e}")))?.unwrap_or(false);
+    let change = serde_json::from_value::<Raw>(value).and_then(Change::try_from)?;
+    if follow_symlinks && change.path().names().len() == 1 && !matches!(change, Change::Append { .. }) {
+        let path = change.path();
+        return Err(Error::custom(format!(
+            "follow_symlinks means nothing for {path}: no link can be on the way to it"
+        )));
+    }
+    Ok(Patch { change, follow_symlinks })
 }
 
 /// `{"CopyFile": {..}}` → `{"kind": "copy-file", ..}`; anything else stays.
@@ -112,20 +124,20 @@ enum Raw {
     },
 }
 
-impl TryFrom<Raw> for Patch {
+impl TryFrom<Raw> for Change {
     type Error = serde_json::Error;
 
-    fn try_from(raw: Raw) -> Result<Patch, serde_json::Error> {
+    fn try_from(raw: Raw) -> Result<Change, serde_json::Error> {
         let given = |mode: Option<Mode>, uid, gid| Given { mode: mode.map(|m| m.0), uid, gid };
         Ok(match raw {
             Raw::Text { path, content, mode, uid, gid, replace } => {
-                Patch::Write { path, content: content.into_bytes(), given: given(mode, uid, gid), replace }
+                Change::Write { path, content: content.into_bytes(), given: given(mode, uid, gid), replace }
             }
             Raw::File { path, bytes, mode, uid, gid, replace } => {
-                Patch::Write { path, content: bytes.0, given: given(mode, uid, gid), replace }
+                Change::Write { path, content: bytes.0, given: given(mode, uid, gid), replace }
             }
             Raw::CopyFile { src, dst, mode, uid, gid, replace } => {
-                Patch::CopyFile { source: src.0, path: dst, given: given(mode, uid, gid), replace }
+                Change::CopyFile { source: src.0, path: dst, given: given(mode, uid, gid), replace }
             }
             Raw::CopyDir { src, dst, preserve, replace } => {
                 let preserve = Preserve {
@@ -133,17 +145,17 @@ impl TryFrom<Raw> for Patch {
                     mtime: preserve.contains(&Kept::Mtime),
                     xattrs: preserve.contains(&Kept::Xattrs),
                 };
-                Patch::CopyDir { source: src.0, path: dst, preserve, replace }
+                Change::CopyDir { source: src.0, path: dst, preserve, replace }
             }
             Raw::Symlink { target, .. } if target.is_empty() || target.contains('\0') || target.len() > TARGET_MAX => {
                 return Err(Error::custom(format!("target of a link must be 1 to {TARGET_MAX} bytes without NUL")));
             }
             Raw::Symlink { target, link, replace } => {
-                Patch::Symlink { target: target.into_bytes(), path: link, replace }
+                Change::Symlink { target: target.into_bytes(), path: link, replace }
             }
-            Raw::Mkdir { path, mode, uid, gid } => Patch::Mkdir { path, given: given(mode, uid, gid) },
-            Raw::Remove { path } => Patch::Remove { path },
-            Raw::Append { path, content } => Patch::Append { path, content: content.into_bytes() },
+            Raw::Mkdir { path, mode, uid, gid } => Change::Mkdir { path, given: given(mode, uid, gid) },
+            Raw::Remove { path } => Change::Remove { path },
+            Raw::Append { path, content } => Change::Append { path, content: content.into_bytes() },
         })
     }
 }
@@ -243,10 +255,10 @@ mod tests {
     #[test]
     fn both_forms_mean_the_same() {
         let given = Given { mode: Some(0o600), ..Given::default() };
-        let text = Patch::Write { path: path("/a"), content: b"x\n".into(), given, replace: true };
-        let file = Patch::Write { path: path("/a"), content: vec![0, 255], given: Given::default(), replace: false };
+        let text = Change::Write { path: path("/a"), content: b"x\n".into(), given, replace: true };
+        let file = Change::Write { path: path("/a"), content: vec![0, 255], given: Given::default(), replace: false };
         let preserve = Preserve { owner: true, ..Preserve::default() };
-        let copy = Patch::CopyDir { source: "/s".into(), path: path("/d"), preserve, replace: false };
+        let copy = Change::CopyDir { source: "/s".into(), path: path("/d"), preserve, replace: false };
         let (none, source) = (Given::default(), PathBuf::from("/s"));
         let table = [
             (r#"{"kind":"text","path":"/a","content":"x\n","mode":"0600","replace":true}"#, text.clone()),
@@ -255,27 +267,46 @@ mod tests {
             (r#"{"File":{"path":"/a","bytes":[0,255],"mode":null,"replace":false}}"#, file),
             (
                 r#"{"kind":"copy-file","src":"/s","dst":"/d"}"#,
-                Patch::CopyFile { source, path: path("/d"), given: none, replace: false },
+                Change::CopyFile { source, path: path("/d"), given: none, replace: false },
             ),
             (r#"{"kind":"copy-dir","src":"/s","dst":"/d","preserve":["owner"]}"#, copy),
             (
                 r#"{"Symlink":{"target":"../x","link":"/l","replace":false}}"#,
-                Patch::Symlink { target: b"../x".into(), path: path("/l"), replace: false },
+                Change::Symlink { target: b"../x".into(), path: path("/l"), replace: false },
             ),
             (
                 r#"{"kind":"mkdir","path":"/d","mode":0}"#,
-                Patch::Mkdir { path: path("/d"), given: Given { mode: Some(0), ..none } },
+                Change::Mkdir { path: path("/d"), given: Given { mode: Some(0), ..none } },
             ),
-            (r#"{"Remove":{"path":"/d"}}"#, Patch::Remove { path: path("/d") }),
+            (r#"{"Remove":{"path":"/d"}}"#, Change::Remove { path: path("/d") }),
             (
                 r#"{"kind":"append","path":"/f","content":"x"}"#,
-                Patch::Append { path: path("/f"), content: b"x".into() },
+                Change::Append { path: path("/f"), content: b"x".into() },
             ),
         ];
-        for (json, patch) in table {
-            assert_eq!(one(json), Ok(patch), "{json}");
+        for (json, change) in table {
+            assert_eq!(one(json), Ok(change.into()), "{json}");
         }
         assert!(decode(b"[]", &Limits::default()).is_ok_and(|list| list.is_empty()), "A1");
+    }
+
+    /// A15
+    #[test]
+    fn links_are_followed_on_request() {
+        for (json, follow) in [
+            (r#"{"kind":"remove","path":"/a/b","follow_symlinks":true}"#, true),
+            (r#"{"Remove":{"path":"/a/b","follow_symlinks":true}}"#, true),
+            (r#"{"Append":{"path":"/a","content":"","follow_symlinks":true}}"#, true),
+            (r#"{"kind":"remove","path":"/a/b","follow_symlinks":false}"#, false),
+            (r#"{"kind":"remove","path":"/a","follow_symlinks":null}"#, false),
+            (r#"{"kind":"remove","path":"/a/b"}"#, false),
+        ] {
+            assert_eq!(one(json).map(|patch| patch.follow_symlinks), Ok(follow), "{json}");
+        }
+        let nothing = one(r#"{"kind":"mkdir","path":"/a","follow_symlinks":true}"#).expect_err("no parents");
+        assert!(nothing.contains("follow_symlinks means nothing for /a"), "{nothing}");
+        let wrong = one(r#"{"kind":"mkdir","path":"/a/b","follow_symlinks":"yes"}"#).expect_err("no boolean");
+        assert!(wrong.contains("decode patch 0: follow_symlinks: invalid type"), "{wrong}");
     }
 
     #[test]

@@ -19,12 +19,14 @@
 //! | `remove`    | whatever is there is gone, a tree as a whole                                                            |
 //! | `append`    | text at the end of a regular file that is there                                                         |
 //!
-//! The first five fail when their path exists and `replace` is not set. New nodes belong to root and are from the beginning of time,
+//! The first five fail when their path exists and `replace` is not set. With `follow_symlinks` links on the way to a path are followed
+//! as in the container, so that `/bin/x` is `/usr/bin/x` where `/bin` leads there; without it a link is no directory. New nodes belong to root and are from the beginning of time,
 //! so that the same patches give the same image.
 
 mod apply;
 mod copy;
 mod decode;
+mod follow;
 
 use std::fs::{self, File};
 use std::io;
@@ -61,10 +63,26 @@ pub struct Preserve {
     pub xattrs: bool,
 }
 
-/// One change. `text` and `file` are both [`Patch::Write`].
+/// One change, and how its path is read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Patch {
+    /// What is done.
+    pub change: Change,
+    /// Links of the image on the way to its path are followed; for [`Change::Append`] the last name as well.
+    pub follow_symlinks: bool,
+}
+
+impl From<Change> for Patch {
+    /// A patch that follows no link.
+    fn from(change: Change) -> Patch {
+        Patch { change, follow_symlinks: false }
+    }
+}
+
+/// What a patch does. `text` and `file` are both [`Change::Write`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the module's table says what they are")]
-pub enum Patch {
+pub enum Change {
     Write { path: GuestPath, content: Vec<u8>, given: Given, replace: bool },
     CopyFile { source: PathBuf, path: GuestPath, given: Given, replace: bool },
     CopyDir { source: PathBuf, path: GuestPath, preserve: Preserve, replace: bool },
@@ -75,24 +93,31 @@ pub enum Patch {
 }
 
 impl Patch {
-    /// The path in the image that it changes.
+    /// The path in the image that it changes, as it is written.
     pub fn path(&self) -> &GuestPath {
-        match self {
-            Patch::Write { path, .. }
-            | Patch::CopyFile { path, .. }
-            | Patch::CopyDir { path, .. }
-            | Patch::Symlink { path, .. }
-            | Patch::Mkdir { path, .. }
-            | Patch::Remove { path }
-            | Patch::Append { path, .. } => path,
-        }
+        self.change.path()
     }
 
     /// The host's path that it copies from.
     pub fn source(&self) -> Option<&Path> {
-        match self {
-            Patch::CopyFile { source, .. } | Patch::CopyDir { source, .. } => Some(source),
+        match &self.change {
+            Change::CopyFile { source, .. } | Change::CopyDir { source, .. } => Some(source),
             _ => None,
+        }
+    }
+}
+
+impl Change {
+    /// The path in the image, as it is written.
+    pub fn path(&self) -> &GuestPath {
+        match self {
+            Change::Write { path, .. }
+            | Change::CopyFile { path, .. }
+            | Change::CopyDir { path, .. }
+            | Change::Symlink { path, .. }
+            | Change::Mkdir { path, .. }
+            | Change::Remove { path }
+            | Change::Append { path, .. } => path,
         }
     }
 }
