@@ -38,6 +38,7 @@ pub mod program;
 pub mod source;
 pub mod stack;
 pub mod tar;
+mod trace;
 pub mod tree;
 pub mod upper;
 pub mod verity;

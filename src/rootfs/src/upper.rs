@@ -19,6 +19,7 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use crate::lock::Lock;
+use crate::trace::Step;
 
 /// Smallest disk in bytes: below this ext4 has no room for its own tables and a few files.
 pub const MIN_SIZE: u64 = 8 << 20;
@@ -98,7 +99,9 @@ pub fn create(cache_root: &Path, dest: &Path, size: u64) -> Result<(), UpperErro
     if !(MIN_SIZE..MAX_SIZE).contains(&size) || !size.is_multiple_of(4096) {
         return Err(UpperError::Size(size));
     }
-    let template = template(cache_root, size)?;
+    let step = Step::upper(dest, size);
+    let (template, made) = template(cache_root, size)?;
+    step.template(made);
     let disk = OpenOptions::new().write(true).create_new(true).mode(0o600).open(dest);
     let disk = disk.map_err(failed("create upper disk", dest))?;
     copy(&template, &disk, size).map_err(|e| {
@@ -107,18 +110,19 @@ pub fn create(cache_root: &Path, dest: &Path, size: u64) -> Result<(), UpperErro
     })
 }
 
-/// Opens the template, making it when it is missing.
-fn template(cache_root: &Path, size: u64) -> Result<File, UpperError> {
+/// Opens the template, making it when it is missing; says whether it was.
+fn template(cache_root: &Path, size: u64) -> Result<(File, bool), UpperError> {
     let dir = cache_root.join("upper");
     let path = dir.join(format!("ext4-v2-{size}.img"));
     match File::open(&path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-        other => return other.map_err(failed("open template", &path)),
+        other => return Ok((other.map_err(failed("open template", &path))?, false)),
     }
     fs::create_dir_all(&dir).map_err(failed("create directory", &dir))?;
     let lock_path = path.with_extension("lock");
     let _lock = Lock::wait(&lock_path).map_err(failed("lock", &lock_path))?;
-    if !path.exists() {
+    let missing = !path.exists();
+    if missing {
         // Whoever died over these files left them; the lock is ours now.
         let (raw, temp) = (path.with_extension("raw"), path.with_extension("tmp"));
         let made = make(&raw, &temp, size);
@@ -126,7 +130,7 @@ fn template(cache_root: &Path, size: u64) -> Result<File, UpperError> {
         made.inspect_err(|_| drop(fs::remove_file(&temp)))?;
         fs::rename(&temp, &path).map_err(failed("publish template", &path))?;
     }
-    File::open(&path).map_err(failed("open template", &path))
+    Ok((File::open(&path).map_err(failed("open template", &path))?, missing))
 }
 
 /// Makes a file system in `raw`, and its sparse copy `template`: mkfs reserves space for inode tables that hold nothing yet.

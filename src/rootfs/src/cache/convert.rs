@@ -15,6 +15,7 @@ use crate::erofs::format::{SUPER_OFFSET, SUPER_SIZE, SuperBlock};
 use crate::erofs::writer::{Plan, WriteError, Written};
 use crate::layer;
 use crate::tar::{self, DiffId, Hashing, TarError};
+use crate::trace::Step;
 use crate::tree::Tree;
 
 impl Cache {
@@ -53,11 +54,16 @@ impl Cache {
 
     /// Writes `dir`'s image to `to`, replacing what is there; says also whether its root is opaque.
     pub(super) fn convert(&self, dir: &Path, to: &Path) -> Result<(File, Written, bool), CacheError> {
-        self.convert_tree(dir, &layer::scan(dir, &self.limits)?, to)
+        let step = Step::layer(dir.display());
+        self.write(dir, &layer::scan(dir, &self.limits)?, to, &step)
     }
 
     /// The same, with what is in it.
     pub(super) fn convert_tree(&self, dir: &Path, tree: &Tree, to: &Path) -> Result<(File, Written, bool), CacheError> {
+        self.write(dir, tree, to, &Step::layer(dir.display()))
+    }
+
+    fn write(&self, dir: &Path, tree: &Tree, to: &Path, step: &Step) -> Result<(File, Written, bool), CacheError> {
         let converting = |source| CacheError::Convert { layer: dir.into(), source };
         let plan = Plan::new(tree).map_err(converting)?;
         let file = create(to)?;
@@ -69,6 +75,7 @@ impl Cache {
         }
         let written = plan.write(&file).map_err(converting)?;
         protect(&file, to)?;
+        step.count(tree);
         Ok((file, written, tree.inodes[Tree::ROOT].is_opaque()))
     }
 

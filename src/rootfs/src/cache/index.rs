@@ -13,6 +13,7 @@ use super::{Cache, CacheError, Layer, Outcome};
 use crate::erofs::writer::Plan;
 use crate::layer::{self, refer::refer};
 use crate::plan::{Lower, RootfsPlan};
+use crate::trace::Step;
 use crate::tree::Tree;
 
 /// How layers that the cache does not have are come by.
@@ -41,12 +42,14 @@ impl Cache {
         if !refer(&mut tree, worth) {
             return self.build_snapshot(dir, Some(&tree));
         }
+        let step = Step::layer(dir.display());
         let failed = |source| CacheError::Convert { layer: dir.into(), source };
         let plan = Plan::new(&tree).map_err(failed)?;
         let temporary = Temporary(Some(image));
         let file = create(image)?;
         plan.write(&file).map_err(failed)?;
         protect(&file, image)?;
+        step.count(&tree);
         let layer = self.ephemeral_layer(image, tree.inodes[Tree::ROOT].is_opaque(), start)?;
         temporary.keep();
         Ok(Layer { outcome: Outcome::Indexed, data: vec![dir.into()], ..layer })

@@ -39,6 +39,7 @@ use crate::erofs::reader::{Image, ReadError};
 use crate::erofs::writer::{Plan, WriteError, Written};
 use crate::path::GuestPath;
 use crate::stack::Stack;
+use crate::trace::Step;
 use apply::Upper;
 
 /// Metadata of a new node, as far as it is given.
@@ -297,6 +298,7 @@ pub fn build(
     if patches.is_empty() {
         return Ok(None);
     }
+    let step = Step::patches(patches.len());
     let mut images = Vec::with_capacity(lowers.len());
     for lower in lowers {
         let parse = |source| PatchError::Parse { layer: lower.name.clone(), source };
@@ -316,8 +318,9 @@ pub fn build(
     let plan = Plan::new(&tree)?;
     let temp = dest.with_extension("tmp");
     let written = publish(&plan, &temp, dest);
-    if written.is_err() {
-        let _ = fs::remove_file(&temp); // the first error is the one to tell
+    match written {
+        Ok(_) => step.count(&tree),
+        Err(_) => drop(fs::remove_file(&temp)), // the first error is the one to tell
     }
     written.map(Some)
 }

@@ -28,6 +28,7 @@ use crate::Limits;
 use crate::erofs::stream::Stream;
 use crate::erofs::writer::{WriteError, Written};
 use crate::path::PathError;
+use crate::trace::Step;
 use crate::tree::Tree;
 pub(crate) use archive::{Archive, Entry, Kind};
 use build::Layer;
@@ -185,6 +186,7 @@ pub(crate) fn each_entry<E: From<TarError>>(
 }
 
 fn convert_input(input: Input, image: &File, limits: &Limits, hashing: Hashing) -> Result<Converted, TarError> {
+    let step = Step::layer("an archive");
     let mut layer = Layer::new(limits);
     let mut stream = Stream::new(image, !input.is_copied()).map_err(WriteError::Write)?;
     let mut archive = Archive::new(input, limits);
@@ -199,6 +201,7 @@ fn convert_input(input: Input, image: &File, limits: &Limits, hashing: Hashing) 
     }
     let tree = layer.finish();
     let written = stream.finish(&tree)?;
+    step.count(&tree);
     Ok(Converted { written, diff_id, opaque: tree.inodes[Tree::ROOT].is_opaque() })
 }
 
