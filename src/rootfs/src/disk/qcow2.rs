@@ -29,6 +29,7 @@ const FEATURES: [&str; 5] = ["dirty", "corrupt", "external data file", "compress
 const END: u32 = 0;
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 const DATA_FILE: u32 = 0x4441_5441;
+const FEATURE_NAMES: u32 = 0x6803_f857;
 
 /// Reads the names from the start of an image, which may be cut off after its first cluster.
 pub(super) fn parse(image: &[u8]) -> Result<Vec<Written>, HeaderError> {
@@ -114,6 +115,10 @@ impl Extensions<'_> {
             let length = u32_at(cluster, at + 4, WHAT)? as usize;
             let data =
                 cluster.get(at + 8..at.saturating_add(8).saturating_add(length)).ok_or(HeaderError::Bounds(WHAT))?;
+            // The VMM does not survive an entry that is cut off.
+            if kind == FEATURE_NAMES && !length.is_multiple_of(48) {
+                return Err(HeaderError::Value("length of the names of features"));
+            }
             let place = match kind {
                 BACKING_FORMAT => Some(&mut found.backing_format),
                 DATA_FILE => Some(&mut found.data_file),
@@ -235,6 +240,8 @@ mod tests {
         assert!(names(&header(HAS_DATA_FILE, Some(&[]), b"")).unwrap_err().contains("name of the data file"));
         let twice = names(&header(0, Some(&[(BACKING_FORMAT, b"raw"), (BACKING_FORMAT, b"qcow2")]), b"base"));
         assert!(twice.unwrap_err().contains("comes twice"));
+        let cut = names(&header(0, Some(&[(FEATURE_NAMES, &[0; 49])]), b""));
+        assert_eq!(cut, Err("length of the names of features makes no sense".into()));
     }
 
     /// Cut anywhere, and with any byte turned around.
