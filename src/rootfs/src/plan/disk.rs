@@ -58,7 +58,7 @@ mod tests {
             mount("", "/s/7", &["loop"]),
             Mount { target: "/etc".into(), ..mount("ext4", "/s/7", &["loop"]) },
         ] {
-            assert_eq!(disk(&[other.clone()]), None, "{other:?}");
+            assert_eq!(disk(std::slice::from_ref(&other)), None, "{other:?}");
         }
         let plain = mount("ext4", "/s/7", &["loop"]);
         assert_eq!(disk(&[plain.clone(), plain]), None);
