@@ -66,6 +66,7 @@ pub fn run(arguments: &Arguments, out: &mut impl io::Write) -> anyhow::Result<()
     if arguments.json {
         let report = json!({
             "image": output.display().to_string(), "size": written.size, "inodes": written.inodes,
+            "shared": written.shared,
             "checksum": written.checksum.map(|checksum| format!("crc32c:{checksum:08x}")),
             "diff_id": diff_id.map(|id| id.to_string()), "verified": arguments.verify,
         });
@@ -84,7 +85,11 @@ pub fn run(arguments: &Arguments, out: &mut impl io::Write) -> anyhow::Result<()
 fn from_tree(tree: &Tree, image: &File) -> anyhow::Result<Written> {
     let plan = Plan::new(tree)?;
     let bar = progress::bar("writing", Some(plan.size()));
-    let written = plan.write(bar.wrap_write(image))?;
+    // A bar shows what passes through this process, which blocks that are shared do not.
+    let written = match bar.is_hidden() {
+        true => plan.write_file(image),
+        false => plan.write(bar.wrap_write(image)),
+    }?;
     bar.finish_and_clear();
     Ok(written)
 }

@@ -7,8 +7,10 @@
 //!        a file's first block ───────────────────────────► here, counted from block 0 of the merged image
 //! ```
 //!
-//! The guest mounts one file system instead of a hundred, overlayfs has one lower to look into instead of a hundred, and no byte of
-//! file data is copied. The kernel finds the device of a block by the table (`erofs_map_dev` in `fs/erofs/data.c`).
+//! The guest mounts one file system instead of a hundred, overlayfs has one lower to look into instead of a hundred, and hardly a byte
+//! of file data is copied. The kernel finds the device of a block by the table (`erofs_map_dev` in `fs/erofs/data.c`). A device has its
+//! price, too, on the host and in the guest: the files of small layers are copied into the merged image, so that a layer none of whose
+//! blocks is referred to is no device. Most layers of an image that has a hundred are small.
 //!
 //! Merging follows overlayfs's rules (see [`crate::stack`]); whiteouts and what they hide are not in the result.
 
@@ -22,12 +24,19 @@ use crate::tree::{Data, Inode, InodeId, Node, OPAQUE, Tree};
 /// Block number of the first device's first block: room for 64 GiB of metadata before it.
 const BASE: u32 = 1 << 24;
 
+/// A layer of at most so many blocks is small.
+const SMALL: u32 = (1 << 20) / BLOCK as u32;
+/// Bytes of files that are copied, in all: they are held in memory.
+const COPIED: u64 = 32 << 20;
+
 /// A tree whose file data lies in other images.
 #[derive(Debug)]
 pub struct Merged {
     /// The merged view.
     pub tree: Tree,
-    /// Where each layer's blocks begin, and how many there are; in the order of the layers.
+    /// The layers that hold data of it, by number, 0 at the bottom.
+    pub layers: Vec<usize>,
+    /// Where the blocks of each of these begin, and how many there are.
     pub devices: Vec<Device>,
 }
 
@@ -79,7 +88,8 @@ pub fn merge<S: ReadAt + ?Sized>(images: &[Image<S>]) -> Result<Merged, MergeErr
             break;
         }
     }
-    let mut merger = Merger { images, devices, links: HashMap::new() };
+    let used = vec![false; images.len()];
+    let mut merger = Merger { images, devices, used, copied: 0, links: HashMap::new() };
     let top = roots.first().map(|(layer, root)| merger.inode(*layer, root)).transpose()?;
     let mut builder = Builder::new(top.unwrap_or_else(Inode::directory));
     let mut pending = VecDeque::from([(Tree::ROOT, roots)]);
@@ -100,12 +110,18 @@ pub fn merge<S: ReadAt + ?Sized>(images: &[Image<S>]) -> Result<Merged, MergeErr
             }
         }
     }
-    Ok(Merged { tree: builder.finish(), devices: merger.devices })
+    let layers: Vec<usize> = (0..images.len()).filter(|&layer| merger.used[layer]).collect();
+    let devices = layers.iter().map(|&layer| merger.devices[layer]).collect();
+    Ok(Merged { tree: builder.finish(), layers, devices })
 }
 
 struct Merger<'i, 's, S: ?Sized> {
     images: &'i [Image<'s, S>],
     devices: Vec<Device>,
+    /// Whether something refers to a layer's blocks.
+    used: Vec<bool>,
+    /// Bytes that were copied.
+    copied: u64,
     /// Inodes with several names, by layer and number there.
     links: HashMap<(usize, u64), InodeId>,
 }
@@ -142,7 +158,7 @@ impl<S: ReadAt + ?Sized> Merger<'_, '_, S> {
     }
 
     /// An inode of a layer as one of the merged tree.
-    fn inode(&self, layer: usize, inode: &Read) -> Result<Inode, MergeError> {
+    fn inode(&mut self, layer: usize, inode: &Read) -> Result<Inode, MergeError> {
         let image = &self.images[layer];
         let failed = |source| MergeError::Read { layer, source };
         let corrupt = |what| failed(ReadError::Corrupt { nid: inode.nid, what });
@@ -163,8 +179,8 @@ impl<S: ReadAt + ?Sized> Merger<'_, '_, S> {
         Ok(Inode { permissions: mode & 0o7777, uid, gid, mtime, xattrs, node })
     }
 
-    /// Where a file's data is, or the data itself where it has no block of its own.
-    fn data(&self, layer: usize, inode: &Read) -> Result<Data, MergeError> {
+    /// Where a file's data is, or the data itself where it has no block of its own, or is in a small layer.
+    fn data(&mut self, layer: usize, inode: &Read) -> Result<Data, MergeError> {
         let image = &self.images[layer];
         let failed = |source| MergeError::Read { layer, source };
         let place = image.place(inode).map_err(failed)?;
@@ -175,10 +191,18 @@ impl<S: ReadAt + ?Sized> Merger<'_, '_, S> {
             fits.then(|| self.devices[layer].first_block + block)
                 .ok_or_else(|| failed(ReadError::Corrupt { nid: inode.nid, what }))
         };
-        Ok(match place {
+        let data = match place {
             Place::Inline => {
                 let mut bytes = vec![0; inode.size.min(BLOCK) as usize];
                 image.read(inode, 0, &mut bytes).map_err(failed)?;
+                Data::Bytes(bytes.into())
+            }
+            Place::Blocks(block) if self.devices[layer].blocks <= SMALL && self.copied + inode.size <= COPIED => {
+                // What it says of its size is held to what the image has.
+                inside(block, inode.size.div_ceil(BLOCK))?;
+                let mut bytes = vec![0; inode.size as usize];
+                image.read(inode, 0, &mut bytes).map_err(failed)?;
+                self.copied += inode.size;
                 Data::Bytes(bytes.into())
             }
             Place::Blocks(block) => Data::Elsewhere { block: inside(block, inode.size.div_ceil(BLOCK))?, chunks: None },
@@ -190,6 +214,8 @@ impl<S: ReadAt + ?Sized> Merger<'_, '_, S> {
                 }
                 Data::Elsewhere { block: 0, chunks: Some((bits, map)) }
             }
-        })
+        };
+        self.used[layer] |= matches!(data, Data::Elsewhere { .. });
+        Ok(data)
     }
 }

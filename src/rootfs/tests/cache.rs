@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use common::{Shop, assert_same, assert_sound, between_starts, dir, mount_erofs, run, survey, tmpfs, workshop};
+use nacelle_rootfs::cache::Missing;
 use nacelle_rootfs::patch::{Sources, decode};
 use nacelle_rootfs::plan::plan;
 use nacelle_rootfs::tar::DiffId;
@@ -277,6 +278,25 @@ fn ready_images() {
     assert!(error.contains("not readable for others"), "{error}");
 }
 
+/// Where no pod could have a link of it, an image is copied into the cache: once, until it is another.
+#[test]
+fn ready_images_of_another_file_system() {
+    let shop = Shop::new();
+    let elsewhere = tmpfs(&shop.path("elsewhere"), "size=32m,mode=755");
+    let image = elsewhere.join("layer.erofs");
+    run("erofs-utils", "mkfs.erofs", &[&image, &shop.snapshot("s")]);
+    let get = || shop.acquire(&[Lower::Image(image.clone(), Vec::new())]).unwrap().remove(0);
+    let copy = get();
+    assert!(copy.outcome == Outcome::Ready && copy.path.starts_with(shop.path("root")), "{copy:?}");
+    assert_eq!(fs::read(&copy.path).unwrap(), fs::read(&image).unwrap());
+    shop.cache.link_into(&copy, &shop.path("scratch"), "linked").unwrap();
+    assert_eq!(fs::metadata(get().path).unwrap().ino(), fs::metadata(&copy.path).unwrap().ino());
+    assert!(shop.cache.verify(false).unwrap().iter().all(|verdict| verdict.problem.is_none()));
+    fs::remove_file(&image).unwrap();
+    run("erofs-utils", "mkfs.erofs", &[&image, &shop.snapshot("t")]);
+    assert_ne!(get().key, copy.key);
+}
+
 /// A merged image comes with exactly the images that hold its data.
 #[test]
 fn ready_images_of_several_devices() {
@@ -357,21 +377,47 @@ fn patches_are_a_lower_on_top() {
     shop.cache.link_into(&patched, &shop.path("scratch"), "linked").unwrap();
 }
 
-/// C4: many layers become the devices of one image, which is found again, and is collected and repaired like any other.
+/// C4: many layers become one image, which is found again, and is collected and repaired like any other. Large ones are its devices.
 #[test]
 fn layers_are_merged_once() {
     let shop = Shop::new();
     let snapshots = ["a", "b", "c"].map(|name| Lower::Snapshot(shop.snapshot(name)));
+    for lower in &snapshots[..2] {
+        fs::write(
+            lower.source().join(format!("large-{}", lower.source().display()).replace('/', "-")),
+            vec![7; 2 << 20],
+        )
+        .unwrap();
+    }
     let upper = Lower::Upper(shop.snapshot("upper"));
     let lowers = [&snapshots[..], &[upper]].concat();
     let merged = |outcome| {
         let layers = shop.cache.merge(shop.acquire(&lowers).unwrap(), &shop.path("scratch")).unwrap();
         assert_eq!(outcomes(&layers), [outcome, Outcome::Ephemeral]);
-        assert_eq!(layers[0].devices.len(), 3);
+        assert_eq!(layers[0].devices.len(), 2);
+        assert_eq!(layers[0].parts.iter().map(|part| part.device).collect::<Vec<_>>(), [true, true, false]);
         layers.into_iter().next().unwrap()
     };
     let first = merged(Outcome::Built);
     assert_eq!(merged(Outcome::Hit).key, first.key);
+    // Then nobody asks for layers that are no devices: they may be gone.
+    let at_once = || {
+        let plan = RootfsPlan { lowers: lowers.clone(), read_only: false };
+        let layers = shop.cache.acquire_merged(&plan, &shop.path("scratch"), 1, Missing::Convert).unwrap();
+        shop.cache.merge(layers, &shop.path("scratch")).unwrap()
+    };
+    let small = &first.parts[2].key;
+    let small = shop.cache.ls().unwrap().into_iter().find(|image| image.key == *small).unwrap();
+    fs::rename(shop.path(&format!("root/layers/erofs-v1/{}.erofs", small.key)), shop.path("kept")).unwrap();
+    let found = at_once();
+    assert_eq!((outcomes(&found), found[0].devices.len()), (vec![Outcome::Hit, Outcome::Ephemeral], 2));
+    assert_eq!(found[0].key, first.key);
+    drop(found);
+    fs::rename(shop.path("kept"), shop.path(&format!("root/layers/erofs-v1/{}.erofs", small.key))).unwrap();
+    // Without a device it is not there.
+    let device = shop.path(&format!("root/layers/erofs-v1/{}.erofs", first.parts[0].key));
+    fs::rename(&device, shop.path("kept")).unwrap();
+    assert_eq!(at_once()[0].devices.len(), 2, "made again");
     assert!(shop.cache.verify(false).unwrap().iter().all(|verdict| verdict.problem.is_none()));
     let image = first.path.clone();
     drop(first);

@@ -15,8 +15,8 @@ use nacelle_rootfs::tree::Tree;
 use nix::mount::{MsFlags, mount};
 use rustix::fs::XattrFlags;
 
-/// Merges images, bottom first, into `image`; returns the merged image's size.
-fn write_merged(images: &[PathBuf], image: &Path) -> u64 {
+/// Merges images, bottom first, into `image`; returns the merged image's size and those of the images that are its devices.
+fn write_merged(images: &[PathBuf], image: &Path) -> (u64, Vec<PathBuf>) {
     let files: Vec<_> = images.iter().map(|path| File::open(path).unwrap()).collect();
     let opened: Vec<_> = files.iter().map(|file| Image::open(file).unwrap()).collect();
     let merged = merge(&opened).unwrap();
@@ -28,7 +28,7 @@ fn write_merged(images: &[PathBuf], image: &Path) -> u64 {
     assert!(once == again, "the same layers give the same bytes");
     Image::open(once.as_slice()).unwrap().check().unwrap();
     fs::write(image, &once).unwrap();
-    once.len() as u64
+    (once.len() as u64, merged.layers.iter().map(|&layer| images[layer].clone()).collect())
 }
 
 fn mount_merged(image: &Path, devices: &[PathBuf], at: &Path) -> PathBuf {
@@ -55,8 +55,8 @@ fn random_stacks_look_like_overlayfs() {
             images.push(path);
         }
         let overlay = mount_overlay(&mounts.iter().map(|m| m.as_path()).collect::<Vec<_>>(), &base.join("overlay"));
-        write_merged(&images, &base.join("merged.erofs"));
-        let merged = mount_merged(&base.join("merged.erofs"), &images, &base.join("merged"));
+        let (_, devices) = write_merged(&images, &base.join("merged.erofs"));
+        let merged = mount_merged(&base.join("merged.erofs"), &devices, &base.join("merged"));
         assert_same(&survey(&overlay), &survey(&merged));
     }
 }
@@ -79,7 +79,7 @@ fn file_data_stays_in_its_layer() {
     rustix::fs::lsetxattr(lower.join("small"), "user.kept", b"value", XattrFlags::empty()).unwrap();
     rustix::fs::lsetxattr(lower.join("dir"), "trusted.kept", b"value", XattrFlags::empty()).unwrap();
     let upper = dir(path("upper"));
-    write(upper.join("replaced"), 2, 200_000);
+    write(upper.join("replaced"), 2, 2_000_000);
     write(dir(upper.join("dir")).join("new"), 2, 5000);
     let (mut images, mut mounts) = (Vec::new(), Vec::new());
     for name in ["lower", "upper"] {
@@ -88,10 +88,40 @@ fn file_data_stays_in_its_layer() {
         mounts.insert(0, mount_erofs(&image, &path(&format!("{name}.d"))));
         images.push(image);
     }
-    let size = write_merged(&images, &path("merged.erofs"));
+    let (size, devices) = write_merged(&images, &path("merged.erofs"));
     assert!(size < 64 << 10, "{size}");
-    let merged = mount_merged(&path("merged.erofs"), &images, &path("merged"));
+    assert_eq!(devices, images);
+    let merged = mount_merged(&path("merged.erofs"), &devices, &path("merged"));
     let overlay = mount_overlay(&[&mounts[0], &mounts[1]], &path("overlay"));
     assert_same(&survey(&overlay), &survey(&merged));
     assert_eq!(fs::metadata(merged.join("sparse")).unwrap().size(), 50 << 20);
+}
+
+/// A layer is a device for large files only: what small layers hold is in the merged image, but for files with holes.
+#[test]
+fn small_layers_are_no_devices() {
+    let workshop = workshop();
+    let path = |name: &str| workshop.path().join(name);
+    let (mut images, mut mounts) = (Vec::new(), Vec::new());
+    for name in ["0-large", "1-small", "2-hidden", "3-sparse", "4-top"] {
+        let layer = dir(path(name));
+        match name {
+            "0-large" => fs::write(layer.join("large"), vec![1; 2 << 20]).unwrap(),
+            "1-small" => fs::write(layer.join("small"), vec![2; 300_000]).unwrap(),
+            // All of its blocks are another's in the end.
+            "2-hidden" => fs::write(layer.join("same"), vec![3; 2 << 20]).unwrap(),
+            "3-sparse" => common::sparse(&layer.join("sparse"), 9 << 20, &[(1 << 20, 8192)]),
+            _ => fs::write(layer.join("same"), vec![4; 5000]).unwrap(),
+        }
+        let image = path(&format!("{name}.erofs"));
+        convert(&layer, &image);
+        mounts.insert(0, mount_erofs(&image, &path(&format!("{name}.d"))));
+        images.push(image);
+    }
+    let (size, devices) = write_merged(&images, &path("merged.erofs"));
+    assert!((300_000..400_000).contains(&size), "{size}");
+    assert_eq!(devices, [images[0].clone(), images[3].clone()]);
+    let merged = mount_merged(&path("merged.erofs"), &devices, &path("merged"));
+    let overlay = mount_overlay(&mounts.iter().map(|m| m.as_path()).collect::<Vec<_>>(), &path("overlay"));
+    assert_same(&survey(&overlay), &survey(&merged));
 }

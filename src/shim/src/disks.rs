@@ -48,6 +48,14 @@ pub enum DiskError {
     /// Writing to a format that is read only.
     #[error("use disk {0}: vmdk images can only be read; mount it with `ro`")]
     ReadOnlyFormat(PathBuf),
+    /// A file that libkrun opens for writing whatever the disk is.
+    #[error("use disk {path}: its data is in {data}, which cannot be opened read-only; mount it with `rw`")]
+    DataFile {
+        /// The image.
+        path: PathBuf,
+        /// The file.
+        data: PathBuf,
+    },
     /// The same image twice, and not in the same way.
     #[error("use disk {0}: it is asked for twice, as different formats or for two roots")]
     Twice(PathBuf),
@@ -154,6 +162,9 @@ impl Disk {
                 }
             };
             absolute.push(by);
+            if writable && wanted.read_only && member.reference.is_some() {
+                return Err(DiskError::DataFile { path: wanted.path, data: member.path.clone() });
+            }
             let read_only = wanted.read_only || !writable;
             locks.push(lock(&member.path, read_only)?);
             if let Some((_, reference)) = &member.reference {

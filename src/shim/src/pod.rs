@@ -223,7 +223,10 @@ pub fn link_layers(
     // Patches read the layers that they change; what is read in a snapshot cannot be verified.
     let index = config.index_mib > 0 && patches.is_empty() && !verified;
     let missing = if index { Missing::Index(config.index_mib << 20) } else { Missing::Convert };
-    let mut layers = cache.acquire(plan, &scratch, threads, missing)?;
+    let mut layers = match patches.is_empty() {
+        true => cache.acquire_merged(plan, &scratch, threads, missing)?,
+        false => cache.acquire(plan, &scratch, threads, missing)?,
+    };
     // What the container has written before, it has written over the patches.
     let own = match (plan.lowers.last(), layers.last()) {
         (Some(Source::Upper(_)), Some(Layer { outcome: Outcome::Ephemeral, .. })) if layers.len() > 1 => layers.pop(),

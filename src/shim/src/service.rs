@@ -87,9 +87,11 @@ pub fn code_of(error: &TaskError) -> Code {
         TaskError::Sources(SourcesError::Disk(error)) | TaskError::Pod(PodError::Disk(error)) => match error {
             DiskError::Busy { .. } | DiskError::Late(_) => Code::FAILED_PRECONDITION,
             DiskError::Lock { .. } => Code::UNKNOWN,
-            DiskError::Chain(_) | DiskError::Kind(_) | DiskError::ReadOnlyFormat(_) | DiskError::Twice(_) => {
-                Code::INVALID_ARGUMENT
-            }
+            DiskError::Chain(_)
+            | DiskError::Kind(_)
+            | DiskError::ReadOnlyFormat(_)
+            | DiskError::DataFile { .. }
+            | DiskError::Twice(_) => Code::INVALID_ARGUMENT,
         },
         TaskError::NoProcess(..) => Code::FAILED_PRECONDITION,
         TaskError::Guest(GuestError::Refused { code, .. }) => match code {

@@ -42,11 +42,15 @@ impl Record {
 
     /// The lowers of a container, bottom first.
     pub fn layers(&self, container: &str, layers: &[Layer]) {
-        let uses = layers.iter().map(|layer| LayerUse {
+        let one = |key: &String, size, outcome| LayerUse {
             container: container.to_owned(),
-            key: layer.key.clone(),
-            size: layer.size,
-            outcome: word(layer.outcome).to_owned(),
+            key: key.clone(),
+            size,
+            outcome: word(outcome).to_owned(),
+        };
+        let uses = layers.iter().flat_map(|layer| match layer.parts.as_slice() {
+            [] => vec![one(&layer.key, layer.size, layer.outcome)],
+            parts => parts.iter().map(|part| one(&part.key, part.size, layer.outcome)).collect(),
         });
         self.set(|status| status.layers.extend(uses));
     }

@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use super::sidecar::key_of;
 use super::{Cache, CacheError, Layer, Outcome, failed};
 use crate::erofs::format::{SUPER_OFFSET, SUPER_SIZE, SuperBlock};
+use crate::erofs::sink::can_share;
 use crate::erofs::writer::{Plan, WriteError, Written};
 use crate::layer;
 use crate::tar::{self, DiffId, Hashing, TarError};
@@ -37,6 +38,7 @@ impl Cache {
             devices: Vec::new(),
             data: Vec::new(),
             verity,
+            parts: Vec::new(),
             file,
             opaque,
         })
@@ -67,13 +69,16 @@ impl Cache {
         let converting = |source| CacheError::Convert { layer: dir.into(), source };
         let plan = Plan::new(tree).map_err(converting)?;
         let file = create(to)?;
-        // A full disk shows now and not after half the work; not every file system can tell.
-        if let Err(e @ (Errno::NOSPC | Errno::DQUOT | Errno::FBIG)) =
-            rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, plan.size())
+        // A full disk shows now and not after half the work; not every file system can tell. Blocks that will be shared take no room,
+        // and btrfs would keep what was set aside for them.
+        let shares = can_share(&file).unwrap_or(false);
+        if !shares
+            && let Err(e @ (Errno::NOSPC | Errno::DQUOT | Errno::FBIG)) =
+                rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, plan.size())
         {
             return Err(converting(WriteError::Write(e.into())));
         }
-        let written = plan.write(&file).map_err(converting)?;
+        let written = plan.write_file(&file).map_err(converting)?;
         protect(&file, to)?;
         step.count(tree);
         Ok((file, written, tree.inodes[Tree::ROOT].is_opaque()))
@@ -126,14 +131,41 @@ impl Drop for Temporary<'_> {
     }
 }
 
-/// An image that a snapshotter made, and those that hold file data of it.
-pub fn ready(path: &Path, devices: &[PathBuf]) -> Result<Layer, CacheError> {
-    let (mut layer, needed) = opened(path, true)?;
-    if needed != devices.len() {
-        return Err(CacheError::Devices { path: path.into(), needed, given: devices.len() });
+impl Cache {
+    /// An image that a snapshotter made, and those that hold file data of it. One on another file system, where no pod can have a
+    /// link of it, is copied into the cache once.
+    pub(super) fn ready(&self, path: &Path, devices: &[PathBuf]) -> Result<Layer, CacheError> {
+        let (layer, needed) = opened(path, true)?;
+        if needed != devices.len() {
+            return Err(CacheError::Devices { path: path.into(), needed, given: devices.len() });
+        }
+        let mut layer = self.near(layer)?;
+        let device = |device: &PathBuf| self.near(opened(device, false)?.0);
+        layer.devices = devices.iter().map(device).collect::<Result<_, CacheError>>()?;
+        Ok(layer)
     }
-    layer.devices = devices.iter().map(|device| Ok(opened(device, false)?.0)).collect::<Result<_, CacheError>>()?;
-    Ok(layer)
+
+    fn near(&self, layer: Layer) -> Result<Layer, CacheError> {
+        let own = fs::metadata(&self.dir).map_err(failed("look at", &self.dir))?;
+        let its = layer.file.metadata().map_err(failed("look at", &layer.path))?;
+        if own.dev() == its.dev() {
+            return Ok(layer);
+        }
+        let (source, path) = (layer.file, layer.path);
+        let copy = match self.hit(&layer.key, Instant::now(), false) {
+            Some(copy) => copy,
+            None => self.obtain(layer.key, path.to_string_lossy().into_owned(), true, |temp| {
+                let mut to = create(temp)?;
+                let size = io::copy(&mut &source, &mut to).map_err(failed("copy image", &path))?;
+                // Of others, so nobody has counted what is in it.
+                let written = Written { size, inodes: 0, checksum: None, shared: 0 };
+                protect(&to, temp)?;
+                Ok((to, written, false))
+            })?,
+        };
+        // What it is to the guest has not changed: it is not merged with layers of our own making.
+        Ok(Layer { outcome: Outcome::Ready, ..copy })
+    }
 }
 
 /// A file of a snapshotter's, and how many more an image needs.
@@ -166,6 +198,7 @@ fn opened(path: &Path, image: bool) -> Result<(Layer, usize), CacheError> {
         devices: Vec::new(),
         data: Vec::new(),
         verity: None,
+        parts: Vec::new(),
         file,
         opaque: false,
     };

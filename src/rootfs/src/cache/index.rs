@@ -47,7 +47,7 @@ impl Cache {
         let plan = Plan::new(&tree).map_err(failed)?;
         let temporary = Temporary(Some(image));
         let file = create(image)?;
-        plan.write(&file).map_err(failed)?;
+        plan.write_file(&file).map_err(failed)?;
         protect(&file, image)?;
         step.count(&tree);
         let layer = self.ephemeral_layer(image, tree.inodes[Tree::ROOT].is_opaque(), start)?;

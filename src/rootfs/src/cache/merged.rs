@@ -9,43 +9,89 @@ use std::path::Path;
 use std::time::Instant;
 
 use super::convert::{create, protect};
-use super::sidecar::key_of_merged;
-use super::{Cache, CacheError, Layer, Outcome};
+use super::sidecar::{Part, key_of, key_of_merged};
+use super::{Cache, CacheError, Layer, Made, Missing, Outcome, mounted};
 use crate::erofs::reader::{Image, ReadAt};
-use crate::erofs::writer::{Plan, Written};
+use crate::erofs::writer::Plan;
 use crate::merge::{MergeError, merge};
+use crate::plan::{Lower, RootfsPlan};
 
 /// From this many layers on one merged image costs the guest less than the layers themselves (`hack/bench layers`).
 const WORTH: usize = 2;
 
 impl Cache {
-    /// Puts one merged image in the place of the cached layers at the bottom of a stack, whose devices they become. Layers that
-    /// were made for one container or by others stay as they are, and so do few layers. With indexes among them the merged image is
-    /// made in `scratch`, for one container.
+    /// Gives the plan's layers as [`Cache::acquire`] and [`Cache::merge`] do together, at once where the merged image of its
+    /// snapshots is there: then nothing of the layers is needed but those that hold data of it.
+    pub fn acquire_merged(
+        &self,
+        plan: &RootfsPlan,
+        scratch: &Path,
+        threads: usize,
+        how: Missing,
+    ) -> Result<Vec<Layer>, CacheError> {
+        if let Some((merged, count)) = self.stacked(plan) {
+            let lowers = plan.lowers[count..].to_vec();
+            let above = self.acquire(&RootfsPlan { lowers, ..plan.clone() }, scratch, threads, how)?;
+            // One that hides all below it is merged with nothing.
+            if !above.iter().any(|layer| layer.opaque) {
+                return Ok(std::iter::once(merged).chain(above).collect());
+            }
+        }
+        self.acquire(plan, scratch, threads, how)
+    }
+
+    /// The merged image of the snapshots at the bottom of a stack, and how many they are.
+    fn stacked(&self, plan: &RootfsPlan) -> Option<(Layer, usize)> {
+        let start = Instant::now();
+        let snapshot = |lower: &Lower| match lower {
+            Lower::Snapshot(dir) if mounted::image(dir).is_none() => key_of(dir).ok(),
+            _ => None,
+        };
+        let keys: Vec<_> = plan.lowers.iter().map_while(snapshot).collect();
+        if keys.len() < WORTH {
+            return None;
+        }
+        let merged = self.hit(&key_of_merged(keys.iter().map(String::as_str)), start, false)?;
+        let devices = merged.parts.iter().filter(|part| part.device);
+        let devices = devices.map(|part| self.hit(&part.key, start, false)).collect::<Option<_>>()?;
+        Some((Layer { devices, ..merged }, keys.len()))
+    }
+
+    /// Puts one merged image in the place of the cached layers at the bottom of a stack; those that hold data of it become its
+    /// devices. Layers that were made for one container or by others stay as they are, and so do few layers. With indexes among them
+    /// the merged image is made in `scratch`, for one container.
     pub fn merge(&self, mut layers: Vec<Layer>, scratch: &Path) -> Result<Vec<Layer>, CacheError> {
         let cached = |layer: &Layer| !matches!(layer.outcome, Outcome::Ephemeral | Outcome::Ready);
         let count = layers.iter().take_while(|layer| cached(layer)).count();
-        if count < WORTH {
+        if count < WORTH || layers.iter().any(|layer| !layer.parts.is_empty()) {
             return Ok(layers);
         }
         let above = layers.split_off(count);
         let data: Vec<_> = layers.iter().rev().flat_map(|layer| layer.data.clone()).collect();
         if !data.is_empty() {
             let (start, image) = (Instant::now(), scratch.join("merged.erofs"));
-            let (_, _, opaque) = write_merged(&layers, &image)?;
+            let Made { opaque, parts, .. } = write_merged(&layers, &image)?;
             let merged = self.ephemeral_layer(&image, opaque, start)?;
-            return Ok(std::iter::once(Layer { devices: layers, data, ..merged }).chain(above).collect());
+            let devices = devices(layers, &parts);
+            return Ok(std::iter::once(Layer { devices, data, ..merged }).chain(above).collect());
         }
         let key = key_of_merged(layers.iter().map(|layer| layer.key.as_str()));
         let merged = match self.hit(&key, Instant::now(), false) {
             Some(merged) => merged,
             None => self.build_or_wait(key, format!("{count} layers"), |temp| write_merged(&layers, temp))?,
         };
-        Ok(std::iter::once(Layer { devices: layers, ..merged }).chain(above).collect())
+        let devices = devices(layers, &merged.parts);
+        Ok(std::iter::once(Layer { devices, ..merged }).chain(above).collect())
     }
 }
 
-fn write_merged(layers: &[Layer], to: &Path) -> Result<(File, Written, bool), CacheError> {
+/// The layers that hold data of their merged image.
+fn devices(layers: Vec<Layer>, parts: &[Part]) -> Vec<Layer> {
+    let device = |layer: &Layer| parts.iter().any(|part| part.device && part.key == layer.key);
+    layers.into_iter().filter(device).collect()
+}
+
+fn write_merged(layers: &[Layer], to: &Path) -> Result<Made, CacheError> {
     let failed = |source| CacheError::Merge { image: to.into(), source };
     let pages: Vec<_> = layers.iter().map(|layer| Pages::new(&layer.file)).collect();
     let images = pages
@@ -57,9 +103,15 @@ fn write_merged(layers: &[Layer], to: &Path) -> Result<(File, Written, bool), Ca
     let converting = |source| CacheError::Convert { layer: to.into(), source };
     let plan = Plan::merged(&merged).map_err(converting)?;
     let file = create(to)?;
-    let written = plan.write(&file).map_err(converting)?;
+    let written = plan.write_file(&file).map_err(converting)?;
     protect(&file, to)?;
-    Ok((file, written, false))
+    let part = |(number, layer): (usize, &Layer)| Part {
+        key: layer.key.clone(),
+        size: layer.size,
+        device: merged.layers.contains(&number),
+    };
+    let parts = layers.iter().enumerate().map(part).collect();
+    Ok(Made { file, written, opaque: false, parts })
 }
 
 /// Bytes of a page of [`Pages`].

@@ -54,7 +54,8 @@ use crate::tar::{DiffId, TarError};
 use crate::tree::Tree;
 use crate::upper;
 use crate::verity::{self, Verity};
-use convert::{Temporary, ready};
+use convert::Temporary;
+pub use sidecar::Part;
 use sidecar::{Sidecar, Stamp, key_of, key_of_archive};
 
 /// Why the cache cannot give a layer.
@@ -181,8 +182,24 @@ pub struct Layer {
     pub data: Vec<PathBuf>,
     /// What it can be checked against as it is read; images of others cannot.
     pub verity: Option<Verity>,
+    /// The layers that it is a merged image of, the lowest first.
+    pub parts: Vec<Part>,
     file: File,
     opaque: bool,
+}
+
+/// An image that was made.
+struct Made {
+    file: File,
+    written: Written,
+    opaque: bool,
+    parts: Vec<Part>,
+}
+
+impl From<(File, Written, bool)> for Made {
+    fn from((file, written, opaque): (File, Written, bool)) -> Made {
+        Made { file, written, opaque, parts: Vec::new() }
+    }
 }
 
 /// Why a writable layer on a disk is refused once it exists.
@@ -233,12 +250,12 @@ impl Cache {
         let mut missing = Vec::new();
         for (index, lower) in plan.lowers.iter().enumerate() {
             let layer = match lower {
-                Lower::Snapshot(dir) => match mounted::image(dir).map(|image| ready(&image, &[])) {
+                Lower::Snapshot(dir) => match mounted::image(dir).map(|image| self.ready(&image, &[])) {
                     Some(Ok(layer)) => Some(layer),
                     // Not mounted from an image, or from one that the guest could not mount.
                     None | Some(Err(_)) => self.cached(dir)?,
                 },
-                Lower::Image(image, devices) => Some(ready(image, devices)?),
+                Lower::Image(image, devices) => Some(self.ready(image, devices)?),
                 Lower::Writable(_) | Lower::Upper(_) | Lower::UpperDisk(_) => None,
             };
             let left_out = match lower {
@@ -284,7 +301,7 @@ impl Cache {
                             self.index_or_build(dir, &scratch.join(format!("index-{index}.erofs")), worth)
                         }
                     },
-                    Lower::Image(image, devices) => ready(image, devices),
+                    Lower::Image(image, devices) => self.ready(image, devices),
                     Lower::UpperDisk(disk) => Err(CacheError::Image { path: disk.into(), what: WRITTEN }),
                     Lower::Writable(dir) | Lower::Upper(dir) => {
                         self.ephemeral(dir, &scratch.join(format!("lower-{index}.erofs")))
@@ -342,6 +359,7 @@ impl Cache {
             devices: Vec::new(),
             data: Vec::new(),
             verity: sidecar.verity,
+            parts: sidecar.parts,
             file,
             opaque: sidecar.opaque,
         })
@@ -371,11 +389,22 @@ impl Cache {
     }
 
     /// The slow path: alone with this key, look again, check a suspicious image in full, or `make` it.
-    fn build_or_wait(
+    fn build_or_wait<M: Into<Made>>(
         &self,
         key: String,
         source: String,
-        make: impl FnOnce(&Path) -> Result<(File, Written, bool), CacheError>,
+        make: impl FnOnce(&Path) -> Result<M, CacheError>,
+    ) -> Result<Layer, CacheError> {
+        self.obtain(key, source, false, make)
+    }
+
+    /// The same, also for copies of what others made.
+    fn obtain<M: Into<Made>>(
+        &self,
+        key: String,
+        source: String,
+        foreign: bool,
+        make: impl FnOnce(&Path) -> Result<M, CacheError>,
     ) -> Result<Layer, CacheError> {
         let start = Instant::now();
         let lock_path = self.file(&key, "lock");
@@ -391,7 +420,7 @@ impl Cache {
             }
         }
         let outcome = if suspicious { Outcome::Rebuilt } else { Outcome::Built };
-        self.publish(source, &key, make)?;
+        self.publish(source, &key, foreign, make)?;
         let layer = self.hit(&key, start, true).map(|layer| Layer { outcome, ..layer });
         layer.ok_or_else(|| {
             failed("read back image", &self.file(&key, "erofs"))(io::Error::other("it changed meanwhile"))
@@ -403,31 +432,41 @@ impl Cache {
         let path = self.file(key, "json");
         let (mut sidecar, _) = Sidecar::read(&path).ok()?;
         let image = File::open(self.file(key, "erofs")).ok()?;
-        (checksum(&image).ok()? == sidecar.checksum).then_some(())?;
+        (Some(checksum(&image).ok()?) == sidecar.checksum).then_some(())?;
         sidecar.stamp = Stamp::of(&image).ok()?;
         sidecar.write(&path).ok()
     }
 
     /// Makes an image, and puts it and its sidecar in place. The key's lock is held.
-    fn publish(
+    fn publish<M: Into<Made>>(
         &self,
         source: String,
         key: &str,
-        make: impl FnOnce(&Path) -> Result<(File, Written, bool), CacheError>,
+        foreign: bool,
+        make: impl FnOnce(&Path) -> Result<M, CacheError>,
     ) -> Result<(), CacheError> {
         let temp = self.file(key, "tmp");
         let temporary = Temporary(Some(&temp));
-        let (image, written, opaque) = make(&temp)?;
-        // What goes into the cache passes through this process, and so has one.
-        let whole = written.checksum.map_or_else(|| checksum(&image), Ok).map_err(failed("read back image", &temp))?;
-        let (verity, checksum) = self.seal(&image, whole).map_err(failed("seal image", &temp))?;
+        let Made { file: image, written, opaque, parts } = make(&temp)?.into();
+        // Blocks that are shared shall not be read now, when somebody waits for the image: see `sum_up`.
+        let later = written.checksum.is_none() && written.shared > 0 && !self.verity;
+        let (verity, checksum) = if later {
+            (None, None)
+        } else {
+            let whole = written.checksum.map_or_else(|| checksum(&image), Ok);
+            let whole = whole.map_err(failed("read back image", &temp))?;
+            let (verity, checksum) = self.seal(&image, whole).map_err(failed("seal image", &temp))?;
+            (verity, Some(checksum))
+        };
         image.sync_all().map_err(failed("sync image", &temp))?;
         let sidecar = Sidecar {
             source,
             checksum,
+            foreign,
             verity,
             inodes: written.inodes,
             opaque,
+            parts,
             stamp: Stamp::of(&image).map_err(failed("read back image", &temp))?,
         };
         let path = self.file(key, "json");
@@ -435,6 +474,27 @@ impl Cache {
         let path = self.file(key, "erofs");
         fs::rename(&temp, &path).map_err(failed("publish image", &path))?;
         temporary.keep();
+        Ok(())
+    }
+
+    /// Reads the images of these keys that nobody has read in full, so that later damage shows.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`]
+    pub fn sum_up<'k>(&self, keys: impl IntoIterator<Item = &'k str>) -> Result<(), CacheError> {
+        for key in keys {
+            let lock_path = self.file(key, "lock");
+            let _lock = Lock::wait(&lock_path).map_err(failed("lock", &lock_path))?;
+            // It may be gone, and somebody else's may be in its place.
+            let Ok((sidecar, _)) = Sidecar::read(&self.file(key, "json")) else { continue };
+            let path = self.file(key, "erofs");
+            let Ok(image) = File::open(&path) else { continue };
+            if sidecar.checksum.is_none() && Stamp::of(&image).is_ok_and(|stamp| stamp == sidecar.stamp) {
+                let checksum = Some(checksum(&image).map_err(failed("read back image", &path))?);
+                let path = self.file(key, "json");
+                Sidecar { checksum, ..sidecar }.write(&path).map_err(failed("write sidecar", &path))?;
+            }
+        }
         Ok(())
     }
 

@@ -15,8 +15,8 @@ use crate::erofs::writer;
 use crate::tar::DiffId;
 use crate::verity::Verity;
 
-/// Largest sidecar that is read: a path and a few numbers.
-const MAX: u64 = 64 << 10;
+/// Largest sidecar that is read: a path and a few numbers, and for a merged image a line for each layer.
+const MAX: u64 = 256 << 10;
 
 /// The JSON beside an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,7 +25,13 @@ pub struct Sidecar {
     pub source: String,
     /// CRC-32C of the whole image, the tree behind it included. It tells damage from mere copying; against whoever can write here, no digest beside the image
     /// would help, and SHA-256 costs as much CPU as all the rest of a conversion.
-    pub checksum: u32,
+    ///
+    /// `None` until somebody has read all of an image that shares its blocks with the layer's files.
+    #[serde(default)]
+    pub checksum: Option<u32>,
+    /// It is a copy of an image that others made, or of the data of one: what it holds is theirs to know.
+    #[serde(default)]
+    pub foreign: bool,
     /// The tree of digests behind it, if it has one.
     #[serde(default)]
     pub verity: Option<Verity>,
@@ -33,8 +39,22 @@ pub struct Sidecar {
     pub inodes: u64,
     /// The root directory is opaque: layers below do not count.
     pub opaque: bool,
+    /// The layers that it is a merged image of, the lowest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<Part>,
     /// What the image file looked like when it was published.
     pub stamp: Stamp,
+}
+
+/// A layer of a merged image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// Its key.
+    pub key: String,
+    /// Bytes of its own image.
+    pub size: u64,
+    /// Its image holds data of the merged one, and is a device of it.
+    pub device: bool,
 }
 
 /// Cheap signs that a file is still the one that was published.
@@ -101,6 +121,8 @@ pub fn key_of_archive(diff_id: DiffId) -> String {
 pub fn key_of_merged<'k>(keys: impl Iterator<Item = &'k str>) -> String {
     let mut hash = Sha256::new();
     hash.update(writer::VERSION.to_le_bytes());
+    // Which layers are devices: to be changed when `merge` decides otherwise.
+    hash.update("2");
     for key in keys {
         hash.update("+");
         hash.update(key);

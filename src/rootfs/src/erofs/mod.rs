@@ -7,7 +7,7 @@ mod chunks;
 mod directory;
 pub mod format;
 pub mod reader;
-mod sink;
+pub(crate) mod sink;
 pub mod stream;
 mod walk;
 pub mod writer;

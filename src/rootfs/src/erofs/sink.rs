@@ -4,14 +4,16 @@
 //!  put, pad, copy ──► buffer ────────┐
 //!                                    ├─ pieces, in order ──► one writev
 //!  store ──► slices of the source ───┘
+//!  copy, splice ──► what the kernel can do by itself: share blocks, or move pages
 //! ```
 
 use std::fs::File;
 use std::io::{self, IoSlice, Write};
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use bytes::Bytes;
+use rustix::fs::copy_file_range;
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 
@@ -32,9 +34,13 @@ const WORTH: usize = 512;
 /// Bytes that the kernel moves at once from file to file: what a pipe may hold without anybody's leave.
 const PIPE: usize = 1 << 20;
 
+/// From this many bytes on, blocks are shared instead of copied where the file system can: to share a few costs as much as to copy them.
+const SHARED: u64 = 128 << 10;
+
 /// Sequential output.
 pub struct Sink<W> {
     out: W,
+    sharing: Option<Sharing>,
     buffer: Box<[u8]>,
     filled: usize,
     pieces: Vec<Piece>,
@@ -43,6 +49,13 @@ pub struct Sink<W> {
     waiting: u64,
     checksum: Option<u32>,
     pipe: Option<(OwnedFd, OwnedFd)>,
+}
+
+/// Output whose file system can have one block in two files.
+struct Sharing {
+    out: OwnedFd,
+    device: u64,
+    bytes: u64,
 }
 
 /// Something that waits to be written.
@@ -75,6 +88,7 @@ impl<W: Write> Sink<W> {
     pub fn new(out: W, position: u64) -> Sink<W> {
         Sink {
             out,
+            sharing: None,
             buffer: vec![0; BUFFER].into(),
             filled: 0,
             pieces: Vec::new(),
@@ -121,9 +135,31 @@ impl<W: Write> Sink<W> {
         self.pad_to(self.position().next_multiple_of(BLOCK))
     }
 
+    /// From now on blocks of files that are copied are shared with them, where the file system of the output can do that:
+    /// `file`, which is the output. It decides by itself how much of a range it shares.
+    pub fn share_with(mut self, file: &File) -> Sink<W> {
+        self.sharing = Sharing::new(file).ok().flatten();
+        self
+    }
+
+    /// Bytes that were shared, which nobody has read.
+    pub fn shared(&self) -> u64 {
+        self.sharing.as_ref().map_or(0, |sharing| sharing.bytes)
+    }
+
     /// Appends a range of a file.
     pub fn copy(&mut self, file: impl AsFd, range: Range<u64>) -> Result<(), CopyError> {
         let mut at = range.start;
+        let aligned = at.is_multiple_of(BLOCK) && self.position().is_multiple_of(BLOCK);
+        if aligned && range.end - at >= SHARED && self.sharing.is_some() {
+            self.flush().map_err(CopyError::Write)?;
+            let shared = self.sharing.as_mut().map_or(Ok(0), |sharing| sharing.share(file.as_fd(), range.clone()))?;
+            at += shared;
+            self.flushed += shared;
+            if shared > 0 {
+                self.checksum = None;
+            }
+        }
         while at < range.end {
             let free = &mut self.buffer[self.filled..];
             let wanted = free.len().min(usize::try_from(range.end - at).unwrap_or(usize::MAX));
@@ -213,6 +249,48 @@ fn write_all(out: &mut impl Write, mut slices: &mut [IoSlice]) -> io::Result<()>
         }
     }
     Ok(())
+}
+
+/// Whether the file system of a file can have one block in two files, as far as that can be told without trying.
+pub fn can_share(file: &File) -> rustix::io::Result<bool> {
+    // Others of the few that can would only take the longer way.
+    const ABLE: [u32; 2] = [0x5846_5342, 0x9123_683e]; // XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC (linux/magic.h)
+    Ok(u32::try_from(rustix::fs::fstatfs(file)?.f_type).is_ok_and(|kind| ABLE.contains(&kind)))
+}
+
+impl Sharing {
+    fn new(file: &File) -> rustix::io::Result<Option<Sharing>> {
+        if !can_share(file)? {
+            return Ok(None);
+        }
+        let device = rustix::fs::fstat(file)?.st_dev;
+        let out = rustix::io::fcntl_dupfd_cloexec(file, 0)?;
+        Ok(Some(Sharing { out, device, bytes: 0 }))
+    }
+
+    /// Puts whole blocks from the start of the range at the position of the output; returns how many bytes.
+    fn share(&mut self, file: BorrowedFd, range: Range<u64>) -> Result<u64, CopyError> {
+        let stat = rustix::fs::fstat(file).map_err(|e| CopyError::Read(e.into()))?;
+        if stat.st_dev != self.device {
+            return Ok(0);
+        }
+        let wanted = (range.end - range.start) / BLOCK * BLOCK;
+        let (mut at, mut left) = (range.start, wanted);
+        while left > 0 {
+            let most = usize::try_from(left).unwrap_or(usize::MAX).min(1 << 30);
+            match copy_file_range(file, Some(&mut at), &self.out, None, most) {
+                Ok(0) => return Err(CopyError::TooShort),
+                Ok(n) => left -= n as u64,
+                Err(Errno::INTR) => {}
+                // Not these two files: the ordinary way goes on from here.
+                Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::XDEV | Errno::TXTBSY) => break,
+                Err(e @ (Errno::NOSPC | Errno::DQUOT | Errno::FBIG)) => return Err(CopyError::Write(e.into())),
+                Err(e) => return Err(CopyError::Read(e.into())),
+            }
+        }
+        self.bytes += wanted - left;
+        Ok(wanted - left)
+    }
 }
 
 impl Sink<&File> {

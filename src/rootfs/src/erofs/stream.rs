@@ -168,6 +168,6 @@ impl<'f> Stream<'f> {
         self.writeback.map_or(Ok(()), Writeback::finish).map_err(WriteError::Write)?;
         let rest_len = usize::try_from(plan.size() - head.len() as u64).map_err(|_| WriteError::TooLarge)?;
         let checksum = rest.map(|rest| crc32c::crc32c_combine(crc32c::crc32c(&head), rest, rest_len));
-        Ok(Written { size: plan.size(), inodes: plan.inodes(), checksum })
+        Ok(Written { size: plan.size(), inodes: plan.inodes(), checksum, shared: 0 })
     }
 }

@@ -11,6 +11,7 @@
 //! - Children of a directory lie together, after it: `ls -l` and a path walk touch few blocks.
 //! - Sparse files are chunk-based, with the chunk size that makes map and data smallest together.
 
+use std::fs::File;
 use std::io::{self, Write};
 use std::ops::Range;
 
@@ -70,8 +71,10 @@ pub struct Written {
     pub size: u64,
     /// Inodes in the image.
     pub inodes: u64,
-    /// CRC-32C of the whole image; `None` where nobody has seen all of it (see [`crate::tar::convert_file`]).
+    /// CRC-32C of the whole image; `None` where nobody has seen all of it (see [`crate::tar::convert_file`] and [`Plan::write_file`]).
     pub checksum: Option<u32>,
+    /// Bytes of it that are blocks of the sources.
+    pub shared: u64,
 }
 
 /// An image laid out: where each inode, directory and file goes.
@@ -265,7 +268,15 @@ impl<'a> Plan<'a> {
 
     /// Streams the image.
     pub fn write(&self, out: impl Write) -> Result<Written, WriteError> {
-        let mut sink = Sink::new(out, 0);
+        self.write_to(Sink::new(out, 0))
+    }
+
+    /// Writes the image into an empty file. Blocks of large files are shared with their sources where the file system can do that.
+    pub fn write_file(&self, file: &File) -> Result<Written, WriteError> {
+        self.write_to(Sink::new(file, 0).share_with(file))
+    }
+
+    fn write_to<W: Write>(&self, mut sink: Sink<W>) -> Result<Written, WriteError> {
         sink.put(&self.super_block()).map_err(WriteError::Write)?;
         for device in self.devices {
             let mut slot = [0; format::DEVICE_SIZE];
@@ -274,8 +285,9 @@ impl<'a> Plan<'a> {
             sink.put(&slot).map_err(WriteError::Write)?;
         }
         self.write_from_metadata(&mut sink)?;
+        let shared = sink.shared();
         let checksum = sink.finish().map_err(WriteError::Write)?;
-        Ok(Written { size: self.size(), inodes: self.inodes(), checksum })
+        Ok(Written { size: self.size(), inodes: self.inodes(), checksum, shared })
     }
 
     /// Inodes in the image.

@@ -331,7 +331,7 @@ fn publish(plan: &Plan, temp: &Path, dest: &Path) -> Result<Written, PatchError>
         move |source| PatchError::Io { what, path, source }
     };
     let file = File::create(temp).map_err(failed("create image", temp))?;
-    let written = plan.write(&file)?;
+    let written = plan.write_file(&file)?;
     file.sync_all().map_err(failed("sync image", temp))?;
     fs::rename(temp, dest).map_err(failed("publish image", dest))?;
     Ok(written)
