@@ -204,7 +204,7 @@ pub fn translate(host: &Spec, id: &ContainerId, pod: Option<&SandboxId>) -> Resu
     for host_mount in host.mounts().iter().flatten() {
         mounts.push(match pod.is_some_and(|pod| joins_ipc && is_pod_shm(host_mount, pod)) {
             true => json!({ "destination": SHM, "type": "bind", "source": SHM, "options": ["rbind", "rw"] }),
-            false => mount(host_mount, id, users, &mut volumes)?,
+            false => mount(host_mount, id, users, &mut volumes, &mut dropped)?,
         });
     }
     let read_only = host.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
@@ -286,7 +286,13 @@ fn is_bind(mount: &Mount) -> bool {
     mount.typ().as_deref() == Some("bind") || options.into_iter().any(|o| o == "bind" || o == "rbind")
 }
 
-fn mount(host: &Mount, id: &ContainerId, users: Option<Users>, volumes: &mut Vec<Volume>) -> Result<Value, SpecError> {
+fn mount(
+    host: &Mount,
+    id: &ContainerId,
+    users: Option<Users>,
+    volumes: &mut Vec<Volume>,
+    dropped: &mut Vec<String>,
+) -> Result<Value, SpecError> {
     let destination = host.destination();
     let none = Vec::new();
     let options = host.options().as_ref().unwrap_or(&none);
@@ -316,7 +322,11 @@ fn mount(host: &Mount, id: &ContainerId, users: Option<Users>, volumes: &mut Vec
         volumes.push(volume);
         // Read-only is recursive in the guest: what is mounted below a share has its flags.
         let options = options.iter().filter(|o| !matches!(o.as_str(), "idmap" | "ridmap"));
-        let options: Vec<_> = options.map(|o| if o == "rro" { "ro" } else { o }).collect();
+        // On a volume nobody gets more rights by a program's owner, and no device works.
+        let (rights, options): (Vec<_>, Vec<_>) = options.partition(|o| matches!(o.as_str(), "suid" | "dev"));
+        dropped
+            .extend(rights.iter().map(|option| format!("option {option} of the mount at {}", destination.display())));
+        let options: Vec<_> = options.into_iter().map(|o| if o == "rro" { "ro" } else { o }).collect();
         return Ok(json!({ "destination": destination, "type": "bind", "source": source, "options": options }));
     }
     let kind = host.typ().as_deref().unwrap_or_default();

@@ -18,7 +18,7 @@ fn host() -> Value {
         "mounts": [
             { "destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid"] },
             { "destination": "/sys/fs/cgroup", "type": "cgroup2", "source": "cgroup", "options": ["ro"] },
-            { "destination": "/data", "type": "bind", "source": "/host/data", "options": ["rbind", "rw"] },
+            { "destination": "/data", "type": "bind", "source": "/host/data", "options": ["rbind", "rw", "suid", "dev"] },
             { "destination": "/etc/hosts", "type": "none", "source": "/host/hosts", "options": ["bind", "ro"] }
         ],
         "hooks": { "prestart": [{ "path": "/host/hook" }] },
@@ -95,7 +95,7 @@ fn golden() {
     };
     let volumes = [volume(0, "/host/data", "/data", true, false), volume(1, "/host/hosts", "/etc/hosts", false, true)];
     assert_eq!(translation.volumes, volumes);
-    assert_eq!(translation.dropped.len(), 6, "{:?}", translation.dropped);
+    assert_eq!(translation.dropped.len(), 8, "{:?}", translation.dropped);
     assert!(!translation.spec.to_string().contains("/host/"), "no path of the host's");
 }
 
