@@ -161,6 +161,12 @@ impl Node {
 
     /// A pod: its sandbox, and a container that waits of each image, as CRI would make them.
     pub fn pod(&self, images: &[&str]) -> Vec<Container<'_>> {
+        self.annotated_pod(images, &[])
+    }
+
+    /// The same with annotations (`name=value`) of the pod, which its sandbox and its containers have.
+    pub fn annotated_pod(&self, images: &[&str], annotations: &[&str]) -> Vec<Container<'_>> {
+        let more: Vec<&str> = annotations.iter().flat_map(|pair| ["--annotation", pair]).collect();
         let sandbox = self.fresh_id();
         let containers = images.iter().map(|image| ("container", *image));
         let made = std::iter::once(("sandbox", BUSYBOX)).chain(containers).map(|(kind, image)| {
@@ -169,7 +175,7 @@ impl Node {
             let flags: Vec<&str> = annotations.iter().flat_map(|pair| ["--annotation", pair]).collect();
             let id = if kind == "sandbox" { sandbox.clone() } else { self.fresh_id() };
             let container = Container { node: self, id };
-            let flags = [&["--detach"], &flags[..]].concat();
+            let flags = [&["--detach"], &flags[..], &more[..]].concat();
             self.run_as(&container.id, &flags, image, &["sleep", "1000000"]).within(patience() * 2).ok();
             container
         });

@@ -21,6 +21,7 @@ pub const CASES: &[Case] = &[
     Case::only_nacelle("a_root_on_a_disk", a_root_on_a_disk, NO_DISKS),
     Case::only_nacelle("roots_by_annotation", roots_by_annotation, NO_DISKS),
     Case::only_nacelle("volumes_by_annotation", volumes_by_annotation, NO_DISKS),
+    Case::only_nacelle("containers_of_a_pod_share_its_disks", containers_of_a_pod_share_its_disks, NO_DISKS),
     Case::only_nacelle("a_root_that_the_node_mounts", a_root_that_the_node_mounts, NO_DISKS),
 ];
 
@@ -249,6 +250,35 @@ fn volumes_by_annotation(node: &Node) {
     run(&policy, "true").expect_failure(&["io.nacelle.volumes", "stat-virt"]);
     let twice = json!([{ "type": "Tmpfs", "guest": "/a" }, { "type": "Tmpfs", "guest": "/a/" }]);
     run(&twice, "true").expect_failure(&["/a", "already"]);
+}
+
+/// What the pod's annotations name is there for all of its containers; what one alone names comes too late.
+fn containers_of_a_pod_share_its_disks(node: &Node) {
+    let (raw, other) = (said(node, "disk.raw", "raw"), said(node, "other.raw", "other"));
+    let _configured = node.configure(&format!(
+        "annotations.allow = [\"io.nacelle.volumes\"]\nannotations.host_paths = [{:?}]",
+        node.path("")
+    ));
+    let list = |image: &std::path::Path| {
+        let disk = json!([{ "type": "DiskImage", "host": image, "guest": "/d", "format": "Raw", "fstype": "ext4" }]);
+        format!("io.nacelle.volumes={disk}")
+    };
+    let mut pod = node.annotated_pod(&[BUSYBOX, BUSYBOX], &[&list(&raw)]);
+    let (second, first) = (pod.pop().expect("second"), pod.pop().expect("first"));
+    assert_eq!(first.sh("cat /d/said; echo shared >/d/file"), "raw");
+    assert_eq!(second.sh("cat /d/file; ls /sys/block | grep -c '^vd'"), "shared\n3");
+    first.remove();
+    assert_eq!(second.sh("cat /d/file; echo more >>/d/file"), "shared");
+    let sandbox = pod.pop().expect("sandbox");
+    let pair = |name: &str, value: &str| format!("io.kubernetes.cri.{name}={value}");
+    let (kind, of) = (pair("container-type", "container"), pair("sandbox-id", sandbox.id()));
+    let annotation = list(&other);
+    let flags = ["--rm", "--annotation", &kind, "--annotation", &of, "--annotation", &annotation];
+    let words = ["other.raw", "the pod's own annotations have to name it"];
+    node.run(&flags, BUSYBOX, &["true"]).run().expect_failure(&words);
+    second.remove();
+    sandbox.remove();
+    assert_eq!(on_disk(&raw, "file"), "shared\nmore");
 }
 
 /// C2: what nacelle does not take apart, such as what devmapper, btrfs or fuse-overlayfs hand over.
