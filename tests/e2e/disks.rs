@@ -21,6 +21,7 @@ pub const CASES: &[Case] = &[
     Case::only_nacelle("a_root_on_a_disk", a_root_on_a_disk, NO_DISKS),
     Case::only_nacelle("roots_by_annotation", roots_by_annotation, NO_DISKS),
     Case::only_nacelle("volumes_by_annotation", volumes_by_annotation, NO_DISKS),
+    Case::only_nacelle("devices_of_the_node", devices_of_the_node, NO_DISKS),
     Case::only_nacelle("containers_of_a_pod_share_its_disks", containers_of_a_pod_share_its_disks, NO_DISKS),
     Case::only_nacelle("a_root_that_the_node_mounts", a_root_that_the_node_mounts, NO_DISKS),
 ];
@@ -281,30 +282,64 @@ fn containers_of_a_pod_share_its_disks(node: &Node) {
     assert_eq!(on_disk(&raw, "file"), "shared\nmore");
 }
 
-/// C2: what nacelle does not take apart, such as what devmapper, btrfs or fuse-overlayfs hand over.
-fn a_root_that_the_node_mounts(node: &Node) {
+/// A loop device over an image, for as long as it lives.
+struct Loop(String);
+
+impl Loop {
+    fn new(image: &std::path::Path) -> Self {
+        Self(Cmd::new("losetup").args(["--find", "--show"]).args([image]).ok().text())
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        Cmd::new("losetup").args(["--detach", &self.0]).run();
+        // It goes when nobody has it open any more.
+        within(patience(), "the loop device is free", || {
+            let list = Cmd::new("losetup").args(["--list", "--noheadings"]).ok().text();
+            (!list.contains(&self.0)).then_some(())
+        });
+    }
+}
+
+/// Block devices of the node's: a volume, and a root as containerd's devmapper snapshotter hands it over.
+fn devices_of_the_node(node: &Node) {
     let c = node.created(&[], BUSYBOX, &["sleep", "1000"]);
     let root = image(node, "root.img", &layer(&c));
-    let device = Cmd::new("losetup").args(["--find", "--show"]).args([&root]).ok().text();
-    let mount = Mount { kind: "ext4".into(), source: device.clone(), options: vec!["rw".into()] };
+    let device = Loop::new(&root);
+    let mount = Mount { kind: "ext4".into(), source: device.0.clone(), options: vec!["rw".into()] };
     start(node, &c, mount.clone());
-    assert_eq!(
-        c.sh("echo new >/new; cat /new; grep -c ^root /etc/passwd; grep ' / ' /proc/mounts | cut -d' ' -f3"),
-        "new\n1\noverlay"
-    );
+    assert_eq!(c.sh("echo kept >/kept; grep ' / ' /proc/mounts | cut -d' ' -f3"), "ext4");
+    // Nobody mounts it on the node meanwhile, and who has mounted it there keeps it.
+    let target = node.path("mounted");
+    fs::create_dir_all(&target).expect("make a directory");
+    let mounted = || Cmd::new("mount").args([&device.0]).args([&target]);
+    mounted().run().expect_failure(&["busy"]);
     c.remove();
-    {
-        let _none = node.configure("rootfs.fallback = \"none\"");
-        let c = node.created(&[], BUSYBOX, &["sleep", "1000"]);
-        let text = c.create_task(&[mount]).expect_err("refused").to_string();
-        assert!(text.contains("mount type") && text.contains("ext4"), "{text}");
-        c.delete();
-    }
-    // Nobody holds it.
-    Cmd::new("losetup").args(["--detach", &device]).ok();
-    within(patience(), "the loop device is free", || {
-        let list = Cmd::new("losetup").args(["--list", "--noheadings"]).ok().text();
-        (!list.contains(&device)).then_some(())
-    });
-    assert_eq!(on_disk(&root, "new"), "", "the container's files stay its own");
+    let volume = |options: &str, script: &str| {
+        let mount = format!("type=nacelle.disk,src={},dst=/d,options={options}", device.0);
+        node.run(&["--rm", "--mount", &mount], BUSYBOX, &["sh", "-c", script]).run()
+    };
+    assert_eq!(volume("rw", "cat /d/kept; echo more >/d/more").expect(0).text(), "kept");
+    assert_eq!(volume("ro", "cat /d/more; touch /d/x 2>/dev/null || echo no").expect(0).text(), "more\nno");
+    mounted().ok();
+    volume("rw", "true").expect_failure(&[&device.0, "has mounted it"]);
+    Cmd::new("umount").args([&target]).ok();
+    drop(device);
+    assert_eq!(on_disk(&root, "more"), "more");
+}
+
+/// C2: what nacelle does not take apart, such as what btrfs, zfs or fuse-overlayfs hand over.
+fn a_root_that_the_node_mounts(node: &Node) {
+    let c = node.created(&[], BUSYBOX, &["sleep", "1000"]);
+    let [mut mount]: [Mount; 1] = c.mounts().try_into().unwrap_or_else(|_| panic!("one mount"));
+    mount.options.push("metacopy=on".into());
+    start(node, &c, mount.clone());
+    assert_eq!(c.sh("echo new >/new; cat /new; grep -c ^root /etc/passwd"), "new\n1");
+    c.remove();
+    let _none = node.configure("rootfs.fallback = \"none\"");
+    let c = node.created(&[], BUSYBOX, &["sleep", "1000"]);
+    let text = c.create_task(&[mount]).expect_err("refused").to_string();
+    assert!(text.contains("metacopy=on") && text.contains("not supported"), "{text}");
+    c.delete();
 }

@@ -106,10 +106,13 @@ pub struct Share {
 pub struct Disk {
     /// Serial number by which the guest finds it, 1 to 20 bytes of `[a-z0-9-]`.
     pub serial: String,
-    /// Image on the host.
+    /// Image on the host, or block device of it.
     pub source: PathBuf,
     /// Offer it read-only.
     pub read_only: bool,
+    /// The source is a block device.
+    #[serde(default)]
+    pub device: bool,
     /// What the image is. Its content is never asked: a guest may have written it.
     #[serde(default)]
     pub format: DiskFormat,
@@ -122,7 +125,7 @@ impl Disk {
     /// A raw image.
     pub fn raw(serial: impl Into<String>, source: impl Into<PathBuf>, read_only: bool) -> Self {
         let (serial, source) = (serial.into(), source.into());
-        Self { serial, source, read_only, format: DiskFormat::Raw, parts: Vec::new() }
+        Self { serial, source, read_only, device: false, format: DiskFormat::Raw, parts: Vec::new() }
     }
 }
 

@@ -6,16 +6,17 @@
 //!
 //! libkrun has no device that comes later, so what the first container or the pod's annotations do not name is refused to those
 //! that follow. Two users of one image are kept apart by flock(2), as QEMU keeps them with its own locks: many may read, one may
-//! write. Every further file that an image is made of is found here, judged, and handed to the jail by its name; the VMM finds no
+//! write; and a block device that is written to is nobody else's, the kernel of the host included. Every further file that an image is made of is found here, judged, and handed to the jail by its name; the VMM finds no
 //! other.
 
 use std::fs::File;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nacelle_protocol::agent;
 use nacelle_protocol::vm::{self, DiskFormat, DiskPart};
 use nacelle_rootfs::disk::{self, ChainError, Format};
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::io::Errno;
 use thiserror::Error;
 
@@ -25,8 +26,8 @@ pub enum DiskError {
     /// It, or what it is made of.
     #[error(transparent)]
     Chain(#[from] ChainError),
-    /// It is no file.
-    #[error("use disk {0}: only regular files can be disks of a VM")]
+    /// It is neither a file nor a block device, or a device that an image refers to.
+    #[error("use disk {0}: only regular files, and block devices by themselves, can be disks of a VM")]
     Kind(PathBuf),
     /// It cannot be opened or locked.
     #[error("lock disk {path}")]
@@ -86,6 +87,7 @@ pub struct Wanted {
 pub struct Disk {
     serial: String,
     wanted: Wanted,
+    device: bool,
     parts: Vec<DiskPart>,
     _locks: Vec<File>,
 }
@@ -118,6 +120,7 @@ impl Disks {
             serial: disk.serial.clone(),
             source: disk.wanted.path.clone(),
             read_only: disk.wanted.read_only,
+            device: disk.device,
             format: match disk.wanted.format {
                 Format::Raw => DiskFormat::Raw,
                 Format::Qcow2 => DiskFormat::Qcow2,
@@ -150,6 +153,7 @@ impl Disk {
         let own = wanted.path.parent().filter(|_| wanted.beside);
         let chain =
             disk::chain(&wanted.path, wanted.format, |path| allowed(path) || (own.is_some() && path.parent() == own))?;
+        let mut device = false;
         let mut locks = Vec::with_capacity(chain.len());
         let mut parts = Vec::with_capacity(chain.len());
         // Whether a member is found by an absolute name, its own or that of one before it.
@@ -166,29 +170,44 @@ impl Disk {
                 return Err(DiskError::DataFile { path: wanted.path, data: member.path.clone() });
             }
             let read_only = wanted.read_only || !writable;
-            locks.push(lock(&member.path, read_only)?);
+            let (file, is_device) = lock(&member.path, read_only)?;
+            device |= is_device;
+            if is_device && (chain.len() > 1 || wanted.format != Format::Raw) {
+                return Err(DiskError::Kind(member.path.clone()));
+            }
+            locks.push(file);
             if let Some((_, reference)) = &member.reference {
                 let (source, named) = (member.path.clone(), reference.path.clone());
                 parts.push(DiskPart { source, named, absolute: by, read_only });
             }
         }
-        Ok(Self { serial: format!("disk-{number}"), wanted, parts, _locks: locks })
+        Ok(Self { serial: format!("disk-{number}"), wanted, device, parts, _locks: locks })
     }
 }
 
-fn lock(path: &Path, read_only: bool) -> Result<File, DiskError> {
+/// Locks a disk; says also whether it is a block device.
+fn lock(path: &Path, read_only: bool) -> Result<(File, bool), DiskError> {
     let failed = |source| DiskError::Lock { path: path.to_owned(), source };
-    let file = File::open(path).map_err(failed)?;
-    if !file.metadata().map_err(failed)?.is_file() {
+    let busy = |how| DiskError::Busy { path: path.to_owned(), how };
+    let kind = std::fs::metadata(path).map_err(failed)?.file_type();
+    let device = kind.is_block_device();
+    if !kind.is_file() && !device {
         return Err(DiskError::Kind(path.to_owned()));
     }
+    // Of a device, the kernel itself sees to it that nobody mounts it meanwhile, or has (open(2), O_EXCL).
+    let flags = if device && !read_only { OFlags::EXCL } else { OFlags::empty() };
+    let opened = File::options().read(true).custom_flags(flags.bits().cast_signed()).open(path);
+    let file = opened.map_err(|e| match Errno::from_io_error(&e) {
+        Some(Errno::BUSY) => busy("has mounted it"),
+        _ => failed(e),
+    })?;
     let (operation, how) = match read_only {
         true => (FlockOperation::NonBlockingLockShared, "may write to it"),
         false => (FlockOperation::NonBlockingLockExclusive, "uses it"),
     };
     match flock(&file, operation) {
-        Ok(()) => Ok(file),
-        Err(Errno::WOULDBLOCK) => Err(DiskError::Busy { path: path.to_owned(), how }),
+        Ok(()) => Ok((file, device)),
+        Err(Errno::WOULDBLOCK) => Err(busy(how)),
         Err(errno) => Err(failed(errno.into())),
     }
 }

@@ -13,6 +13,7 @@
 //! `annotations.host_paths`. Who can put mounts into a bundle is containerd's own client, root of the node.
 
 use std::fs::File;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -136,7 +137,7 @@ impl Sources {
         Ok(Self { root, volumes })
     }
 
-    /// The root file system: what an annotation says, or what the mounts are. A disk image of a snapshotter's becomes a disk of
+    /// The root file system: what an annotation says, or what the mounts are. A disk of a snapshotter's becomes one of
     /// the VM where that is possible: the container is `alone`, so it brings its VM with it, and nobody has patches for it.
     ///
     /// # Errors
@@ -157,7 +158,8 @@ impl Sources {
             }
             None => {}
         }
-        let disk = plan::disk(mounts).filter(|disk| alone && patches.is_empty() && disk.path.is_file());
+        let there = |path: &Path| path.metadata().is_ok_and(|m| m.is_file() || m.file_type().is_block_device());
+        let disk = plan::disk(mounts).filter(|disk| alone && patches.is_empty() && there(&disk.path));
         if let Some(disk) = disk {
             let path = disk.path.canonicalize().unwrap_or(disk.path);
             let (format, types) = (nacelle_rootfs::disk::Format::Raw, vec![disk.kind]);

@@ -9,6 +9,7 @@
 //!  /root                    VmConfig::agent
 //!  /share/<tag>             VmConfig::shares
 //!  /disk/<serial>           VmConfig::disks
+//!  /dev/<serial>            one that is a block device: a node of its own
 //!  /disk/<serial>/<path>    one that has parts, at its own path below there; and its parts that it names relative to itself
 //!  /<path>                  its parts that it names absolutely, but for the names that stand here
 //!  /socket/<port>           VmConfig::sockets; the VMM's working directory
@@ -38,6 +39,9 @@ pub const FILES: &str = "files";
 
 /// Names at the jail's root that nothing else can have.
 const RESERVED: [&str; 8] = ["kernel", "root", "share", "disk", WORKING_DIRECTORY, FILES, "dev", "proc"];
+
+/// Names in the jail's /dev that nothing else can have.
+const JAIL_DEVICES: [&str; 4] = ["kvm", "random", "urandom", "net"];
 
 /// Serial number of the root's disk. No other disk has it.
 const ROOT_SERIAL: &str = "agent";
@@ -148,6 +152,8 @@ pub enum Kind {
     File,
     /// One listening UNIX socket.
     Socket,
+    /// One block device.
+    Device,
 }
 
 /// Whose the files of an [`Entry`] are inside the jail.
@@ -310,6 +316,9 @@ impl Plan {
             // VIRTIO_BLK_ID_BYTES; libkrun cuts what is longer.
             check_name("disk", &disk.serial, 20)?;
             once(&mut names, "disk", &disk.serial)?;
+            if disk.device && JAIL_DEVICES.contains(&disk.serial.as_str()) {
+                return Err(PlanError::Twice { kind: "disk", name: disk.serial.clone() });
+            }
             let found = disk_entries(disk)?;
             let image = found.first().map(|image| image.inside.display().to_string()).unwrap_or_default();
             machine.disks.push(Disk {
@@ -386,6 +395,10 @@ fn check_jail(jail: &Jail) -> Result<(), PlanError> {
 /// Where a disk's files go: the image, then its parts.
 fn disk_entries(disk: &DiskConfig) -> Result<Vec<Entry>, PlanError> {
     let place = |source: &Path, inside, read_only| entry("disk", source, inside, Kind::File, read_only, Ids::Owned);
+    if disk.device {
+        let node = format!("dev/{}", disk.serial);
+        return Ok(vec![entry("disk", &disk.source, node, Kind::Device, disk.read_only, Ids::Owned)?]);
+    }
     let own = format!("disk/{}", disk.serial);
     if disk.parts.is_empty() {
         return Ok(vec![place(&disk.source, own, disk.read_only)?]);
@@ -542,6 +555,10 @@ mod tests {
         }
         let two = plan(vec![disk("a", vec![base(), part("/other", "/base/b.raw", true)])]);
         assert!(matches!(two, Err(PlanError::Part { .. })), "two files of one name");
+        let device = |serial: &str| vm::Disk { device: true, ..vm::Disk::raw(serial, "/dev/sdb", true) };
+        let made = plan(vec![device("disk-0")]).expect("plan");
+        assert_eq!((made.entries[3].kind, made.machine.disks[0].path.as_str()), (Kind::Device, "/dev/disk-0"));
+        assert!(matches!(plan(vec![device("kvm")]), Err(PlanError::Twice { .. })));
     }
 
     #[test]

@@ -1,13 +1,14 @@
-//! A root that is no stack of layers: a file system on a disk image, as containerd's blockfile snapshotter hands it over.
+//! A root that is no stack of layers: a file system on a disk image or a device, as containerd's blockfile and devmapper snapshotters
+//! hand it over.
 
 use std::path::PathBuf;
 
 use super::{Mount, absolute};
 
-/// A root file system on a disk image of the host's.
+/// A root file system on a disk of the host's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskRoot {
-    /// The image: raw, without partitions.
+    /// The image, raw and without partitions, or the device.
     pub path: PathBuf,
     /// Type of the file system.
     pub kind: String,
@@ -15,15 +16,14 @@ pub struct DiskRoot {
     pub read_only: bool,
 }
 
-/// The disk image that the mounts are, if they are no more than that: one file system, mounted through a loop device. Whether the
-/// image is one is for the caller to see.
+/// The disk that the mounts are, if they are no more than that: one ext4 file system, which every guest's kernel knows, on an image
+/// that is mounted through a loop device, or on a device. Whether there is one is for the caller to see.
 pub fn disk(mounts: &[Mount]) -> Option<DiskRoot> {
     let [mount] = mounts else { return None };
-    let simple = |option: &String| matches!(option.as_str(), "loop" | "rw" | "ro" | "discard" | "noatime" | "relatime");
-    let looped = mount.options.iter().any(|option| option == "loop") && mount.options.iter().all(simple);
-    let plain =
-        mount.kind.bytes().all(|byte| byte.is_ascii_alphanumeric()) && !matches!(mount.kind.as_str(), "" | "erofs");
-    if !looped || !plain || !matches!(mount.target.as_str(), "" | "/") {
+    let words = ["loop", "rw", "ro", "discard", "noatime", "relatime"];
+    let simple = mount.options.iter().all(|option| words.contains(&option.as_str()));
+    let named = mount.options.iter().any(|option| option == "loop") || mount.source.starts_with("/dev/");
+    if mount.kind != "ext4" || !simple || !named || !matches!(mount.target.as_str(), "" | "/") {
         return None;
     }
     let path = absolute("disk image", &mount.source).ok()?;
@@ -41,16 +41,20 @@ mod tests {
     }
 
     #[test]
-    fn images_of_the_blockfile_snapshotter() {
+    fn disks_of_the_snapshotters() {
         let root = |read_only| DiskRoot { path: "/s/7".into(), kind: "ext4".into(), read_only };
         assert_eq!(disk(&[mount("ext4", "/s/7", &["loop", "rw"])]), Some(root(false)));
         assert_eq!(disk(&[mount("ext4", "/s/7", &["rw", "ro", "loop"])]), Some(root(true)));
+        let device = DiskRoot { path: "/dev/mapper/snap-7".into(), ..root(false) };
+        assert_eq!(disk(&[mount("ext4", "/dev/mapper/snap-7", &["rw", "discard"])]), Some(device));
     }
 
     #[test]
     fn what_is_more_than_that_is_none() {
         for other in [
-            mount("ext4", "/dev/mapper/snap-7", &["rw"]),
+            mount("ext4", "/s/7", &["rw"]),
+            mount("ext4", "/dev/mapper/snap-7", &["errors=remount-ro"]),
+            mount("xfs", "/dev/mapper/snap-7", &["nouuid"]),
             mount("ext4", "s/7", &["loop"]),
             mount("xfs", "/s/7", &["loop", "nouuid"]),
             mount("format/ext4", "/s/7", &["loop"]),

@@ -37,6 +37,8 @@ pub struct Source<'a> {
     place: OwnedFd,
     /// What it is.
     pub file_type: FileType,
+    /// Which device, if it is one.
+    pub device: u64,
     owner: u32,
 }
 
@@ -59,7 +61,8 @@ impl<'a> Source<'a> {
         let open = at(STAGE, format!("open {}", path.display()));
         let place = openat2(CWD, path, PLACE, Mode::empty(), ResolveFlags::empty()).map_err(open)?;
         let stat = fstat(&place).map_err(at(STAGE, format!("look at {}", path.display())))?;
-        Ok(Self { name: path, place, file_type: FileType::from_raw_mode(stat.st_mode), owner: stat.st_uid })
+        let file_type = FileType::from_raw_mode(stat.st_mode);
+        Ok(Self { name: path, place, file_type, device: stat.st_rdev, owner: stat.st_uid })
     }
 }
 

@@ -8,6 +8,7 @@
 //!  /kernel              read                      /share/<tag>     read, list; if writable: all but devices on disk
 //!  /dev/kvm             read, write, ioctl        /disk/<serial>   read; if writable: write, cut
 //!  /dev/net/tun         the same, if it has NICs  /socket/<port>   connect
+//!  /dev/<serial>        read, ioctl; if writable: write
 //!  /dev/{,u}random      read
 //!  everything else, /proc and / among it          no open but with O_PATH
 //! ```
@@ -80,6 +81,8 @@ fn rules(plan: &Plan) -> Vec<(PathBuf, BitFlags<AccessFs>)> {
             Kind::Directory => allowed,
             Kind::File => allowed & FILE,
             Kind::Socket => AccessFs::ResolveUnix.into(),
+            // How large it is, and its blocks are, is asked by ioctl.
+            Kind::Device => allowed & FILE | AccessFs::IoctlDev,
         };
         (Path::new("/").join(&entry.inside), access)
     }));

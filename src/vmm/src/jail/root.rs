@@ -38,17 +38,12 @@ pub fn assemble(plan: &Plan, users: BorrowedFd<'_>, pods: BorrowedFd<'_>) -> Res
 
     let dev = root.join("dev");
     directory(&dev)?;
-    tmpfs(&dev, quiet, 8)?;
-    let owner = (Some(Uid::from_raw(plan.jail.uid_base)), Some(Gid::from_raw(plan.jail.uid_base)));
+    tmpfs(&dev, quiet, 8 + plan.entries.len())?;
     if plan.awaits_nics {
         directory(&dev.join("net"))?;
     }
     for (name, major, minor, mode) in DEVICES.into_iter().chain(plan.awaits_nics.then_some(TUN)) {
-        let node = dev.join(name);
-        mknodat(CWD, &node, FileType::CharacterDevice, mode, makedev(major, minor))
-            .map_err(at(STAGE, format!("make device node {}", node.display())))?;
-        chownat(CWD, &node, owner.0, owner.1, AtFlags::SYMLINK_NOFOLLOW)
-            .map_err(at(STAGE, format!("change owner of {}", node.display())))?;
+        node(&dev.join(name), FileType::CharacterDevice, mode, makedev(major, minor), plan)?;
     }
 
     for made in ["proc", FILES, WORKING_DIRECTORY] {
@@ -71,6 +66,14 @@ fn tmpfs(target: &Path, flags: MountFlags, inodes: usize) -> Result<(), JailErro
         CString::new(format!("mode=0755,size=4k,nr_inodes={inodes}")).expect("a number contains no zero byte");
     mount("nacelle", target, "tmpfs", flags, Some(options.as_c_str()))
         .map_err(at(STAGE, format!("mount tmpfs on {}", target.display())))
+}
+
+/// Makes a device node that belongs to the sandbox's first id.
+fn node(path: &Path, kind: FileType, mode: Mode, device: u64, plan: &Plan) -> Result<(), JailError> {
+    let (user, group) = (Uid::from_raw(plan.jail.uid_base), Gid::from_raw(plan.jail.uid_base));
+    mknodat(CWD, path, kind, mode, device).map_err(at(STAGE, format!("make device node {}", path.display())))?;
+    chownat(CWD, path, Some(user), Some(group), AtFlags::SYMLINK_NOFOLLOW)
+        .map_err(at(STAGE, format!("change owner of {}", path.display())))
 }
 
 fn directory(path: &Path) -> Result<(), JailError> {
@@ -98,6 +101,11 @@ fn put(entry: &Entry, plan: &Plan, users: BorrowedFd<'_>) -> Result<(), JailErro
         directory(&target)?;
         return graft.all(&source, &target);
     }
+    if entry.kind == Kind::Device {
+        // The host's own node belongs to others, and no file system could map that; its directory has more of them.
+        let mode = if entry.read_only { Mode::RUSR } else { Mode::RUSR | Mode::WUSR };
+        return node(&target, FileType::BlockDevice, mode, source.device, plan);
+    }
     File::create_new(&target).map_err(at(STAGE, format!("make {}", target.display())))?;
     graft.one(&source, &target).map(drop)
 }
@@ -108,6 +116,7 @@ impl Kind {
             Kind::Directory => FileType::Directory,
             Kind::File => FileType::RegularFile,
             Kind::Socket => FileType::Socket,
+            Kind::Device => FileType::BlockDevice,
         }
     }
 }

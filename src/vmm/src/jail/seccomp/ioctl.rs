@@ -79,6 +79,8 @@ pub const WIRED: &[u64] = &[
     request(WRITE, 0xe1, 24), // KVM_SET_DEVICE_ATTR
     #[cfg(target_arch = "aarch64")]
     request(WRITE, 0xe3, 24), // KVM_HAS_DEVICE_ATTR
+    0x8008_1272,              // BLKGETSIZE64: of disks that are block devices (`imago` 0.2.6, src/file.rs)
+    0x1268,                   // BLKSSZGET: the same
     0x5401,                   // TCGETS: whether the console is a terminal
     0x4004_54ca,              // TUNSETIFF
     0x4004_54d8,              // TUNSETVNETHDRSZ
