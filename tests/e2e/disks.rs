@@ -3,7 +3,7 @@
 use std::{fs, path::PathBuf};
 
 use nacelle_tests::{
-    command::{Cmd, Finished, patience, within},
+    command::{Cmd, Finished, eventually, patience},
     grpc::Message,
     node::{BUSYBOX, Container, Mount, Node},
 };
@@ -294,9 +294,9 @@ impl Loop {
 impl Drop for Loop {
     fn drop(&mut self) {
         Cmd::new("losetup").args(["--detach", &self.0]).run();
-        // It goes when nobody has it open any more.
-        within(patience(), "the loop device is free", || {
-            let list = Cmd::new("losetup").args(["--list", "--noheadings"]).ok().text();
+        // It goes when nobody has it open any more. What stays is found by the test's end.
+        eventually(patience(), || {
+            let list = Cmd::new("losetup").args(["--list", "--noheadings"]).run().text();
             (!list.contains(&self.0)).then_some(())
         });
     }
@@ -314,7 +314,7 @@ fn devices_of_the_node(node: &Node) {
     let target = node.path("mounted");
     fs::create_dir_all(&target).expect("make a directory");
     let mounted = || Cmd::new("mount").args([&device.0]).args([&target]);
-    mounted().run().expect_failure(&["busy"]);
+    mounted().run().expect_failure(&[&device.0, "blockdev"]);
     c.remove();
     let volume = |options: &str, script: &str| {
         let mount = format!("type=nacelle.disk,src={},dst=/d,options={options}", device.0);
