@@ -170,7 +170,10 @@ fn the_cache_keeps_its_limit(node: &Node) {
     let many = node.image("layers-30");
     let cache = Cache::new(node, "cache-limit", "rootfs.cache_mib = 1\n");
     node.run(&["--rm"], &many, &["true"]).within(patience() * 3).ok();
-    assert_eq!(cache.images().len(), 31, "30 layers and what they were merged into: in use when they were made");
+    // The small ones are in the merged image, so nobody needs their own any more.
+    within(patience(), "the large layer and what all 30 were merged into stay: in use when the limit was kept", || {
+        (cache.images().len() == 2).then_some(())
+    });
     // Another image's conversion makes room.
     let other = node.image("debian-tools");
     let c = node.detached(&[], &other, &["sleep", "1000"]);
@@ -179,9 +182,8 @@ fn the_cache_keeps_its_limit(node: &Node) {
     });
     let size = images.iter().filter_map(|image| image["size"].as_u64()).sum::<u64>();
     assert!(size > 1 << 20, "what is in use stays, though it is more than the limit: {size}");
-    for (key, _) in outcomes(c.id()) {
-        assert!(images.iter().any(|image| image["key"] == *key), "{key} is in use");
-    }
+    let large = outcomes(c.id()).into_iter().find(|(key, _)| images.iter().any(|image| image["key"] == *key));
+    assert!(large.is_some(), "the large layer is in use: {images:?}");
     assert_eq!(c.sh("ls / | grep -c ^etc"), "1");
     c.remove();
     // And the layers that went are converted again.
