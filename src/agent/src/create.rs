@@ -12,9 +12,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use nacelle_protocol::agent::{CONTAINERS_DIR, Container as Config, Damage, Disk, Mirror, Rootfs, event::What};
+use nacelle_protocol::agent::{
+    CONTAINERS_DIR, Container as Config, Damage, Disk, Mirror, Rootfs, VOLUMES_DIR, event::What,
+};
 use nacelle_protocol::features;
 use nacelle_protocol::ids::ContainerId;
+use oci_spec::runtime::Spec;
 use tokio::sync::oneshot;
 use tokio::task::{AbortHandle, spawn_blocking};
 
@@ -41,6 +44,7 @@ pub fn directory(id: &str) -> PathBuf {
 enum Undo {
     Rootfs(Rootfs),
     Disk(String),
+    Volumes(Vec<PathBuf>),
     Mirrors(Vec<String>),
     Cgroup(Cgroup),
 }
@@ -172,6 +176,10 @@ impl Guest {
             undo.push(Undo::Disk(serial.clone()));
             serials.push(serial);
         }
+        let entered = volumes_of(&plan.spec);
+        undo.push(Undo::Volumes(entered.clone()));
+        let entering = entered.clone();
+        blocking(move || mount::enter_volumes(&entering)).await;
         let mut volumes = Vec::new();
         for mirror in mirrors {
             let made = blocking(move || mirror::create(&mirror.volume, &mirror.data).map(|()| mirror.volume)).await;
@@ -217,6 +225,7 @@ impl Guest {
             cgroup,
             rootfs,
             disks: serials,
+            volumes: entered,
             mirrors: volumes,
             defaults: plan.defaults,
             report: Some(report),
@@ -300,6 +309,7 @@ impl Guest {
         let pid = container.init.pid;
         let mut undo = vec![Undo::Rootfs(container.rootfs.clone())];
         undo.extend(container.disks.iter().cloned().map(Undo::Disk));
+        undo.push(Undo::Volumes(container.volumes.clone()));
         undo.push(Undo::Mirrors(container.mirrors.clone()));
         undo.push(Undo::Cgroup(container.cgroup.clone()));
         drop(container);
@@ -320,6 +330,7 @@ impl Guest {
                 Undo::Mirrors(volumes) => {
                     blocking(move || volumes.iter().for_each(|volume| mirror::remove(volume))).await
                 }
+                Undo::Volumes(volumes) => blocking(move || mount::leave_volumes(&volumes)).await,
                 Undo::Disk(serial) => {
                     let table = self.disks.clone();
                     blocking(move || table.release(&serial)).await;
@@ -334,6 +345,12 @@ impl Guest {
             crate::say!("remove files of container {id}: {error}");
         }
     }
+}
+
+/// The volumes that a container has of the share itself, and not of a copy.
+fn volumes_of(spec: &Spec) -> Vec<PathBuf> {
+    let sources = spec.mounts().iter().flatten().filter_map(|mount| mount.source().as_ref());
+    sources.filter(|source| source.starts_with(VOLUMES_DIR)).cloned().collect()
 }
 
 /// Removes a container's directory. A root that is still mounted there is not descended into.

@@ -28,7 +28,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use nacelle_protocol::agent::{CONTAINERS_DIR, DATA_DIR, LAYERS_DIR, Lower, Rootfs, UPPER_DIR, Verity};
-use rustix::fs::CWD;
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
     fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount, mount_change, move_mount, unmount,
@@ -369,6 +370,29 @@ pub fn mount_share(tag: &str, target: &str, read_only: bool) -> Result<(), Mount
     mount(tag, path, "virtiofs", flags, None).and_then(|()| mount_change(path, MountPropagationFlags::SHARED)).map_err(
         |error| MountError::Mount { what: format!("share {tag}"), target: path.to_owned(), source: error.into() },
     )
+}
+
+/// Enters volumes of the volumes share, so that each is mounted in the agent's own namespace before a container has it.
+///
+/// A volume is a file system of its own within the share (FUSE_ATTR_SUBMOUNT), which the kernel mounts for whoever walks into it
+/// first. Were that a container alone, the last reference would go with its mount namespace, while files that its processes had
+/// open are still being given back: the kernel then finds inodes in use after an unmount, and may give up.
+pub fn enter_volumes(volumes: &[PathBuf]) {
+    for volume in volumes {
+        // A single file is none of that, and what is not there is told by who mounts it.
+        let _ = rustix::fs::open(volume, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+    }
+}
+
+/// Undoes [`enter_volumes`], when nobody has the volumes any more.
+pub fn leave_volumes(volumes: &[PathBuf]) {
+    for volume in volumes {
+        match unmount(volume, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+            // A file, one that the host has taken away, or one that nobody has entered.
+            Ok(()) | Err(Errno::INVAL | Errno::NOENT | Errno::NOTDIR) => {}
+            Err(errno) => crate::say!("unmount {}: {errno}", volume.display()),
+        }
+    }
 }
 
 /// Mounts the ext4 disk with serial number `serial` where the uppers live; returns the device, if it can limit containers.

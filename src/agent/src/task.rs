@@ -93,6 +93,8 @@ pub struct Container {
     pub rootfs: Rootfs,
     /// Its volumes that are disks, by serial number.
     pub disks: Vec<String>,
+    /// Where its volumes are in the share.
+    pub volumes: Vec<PathBuf>,
     /// Its volumes that are copies.
     pub mirrors: Vec<String>,
     /// What execs take from it.

@@ -1,3 +1,5 @@
+//! What annotations and mounts ask for, and what is refused.
+
 use std::fs;
 
 use nacelle_protocol::ids::SandboxId;
