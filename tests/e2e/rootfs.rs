@@ -242,7 +242,9 @@ fn a_full_upper_harms_nobody_else(node: &Node) {
     let pod = node.pod(&[BUSYBOX, BUSYBOX]);
     let [_, full, neighbour] = &pod[..] else { panic!("a sandbox and two containers") };
     neighbour.sh("echo written >/before");
-    let filled = full.exec(&[], &["dd", "if=/dev/zero", "of=/filler", "bs=1M"]).within(patience() * 2).run();
+    // What was set aside for the first, and not needed in the end, is free again once it is on the disk.
+    let script = "dd if=/dev/zero of=/filler bs=1M; sync; dd if=/dev/zero of=/filler2 bs=4k";
+    let filled = full.exec(&[], &["sh", "-c", script]).within(patience() * 2).run();
     filled.expect_failure(&["No space left"]);
     assert_eq!(full.sh("df -m / | awk 'END {print ($2 <= 64)}'; echo x 2>/dev/null >/more || echo full"), "1\nfull");
     // The disk is the pod's: who shares it runs on, keeps what it has, and may write again when there is room. A limit for each
@@ -253,7 +255,7 @@ fn a_full_upper_harms_nobody_else(node: &Node) {
     );
     // Nobody else has it.
     assert_eq!(other.sh("echo fine >/file && cat /file"), "fine");
-    full.sh("rm /filler; sync");
+    full.sh("rm /filler /filler2; sync");
     assert_eq!(neighbour.sh("echo fits >/file && cat /file"), "fits");
     pod.into_iter().rev().for_each(Container::remove);
     drop(configured);
