@@ -197,7 +197,7 @@ impl<S: ReadAt + ?Sized> Merger<'_, '_, S> {
                 image.read(inode, 0, &mut bytes).map_err(failed)?;
                 Data::Bytes(bytes.into())
             }
-            Place::Blocks(block) if self.devices[layer].blocks <= SMALL && self.copied + inode.size <= COPIED => {
+            Place::Blocks(block) if self.devices[layer].blocks <= SMALL && inode.size <= COPIED - self.copied => {
                 // What it says of its size is held to what the image has.
                 inside(block, inode.size.div_ceil(BLOCK))?;
                 let mut bytes = vec![0; inode.size as usize];

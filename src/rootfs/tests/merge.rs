@@ -125,3 +125,25 @@ fn small_layers_are_no_devices() {
     let overlay = mount_overlay(&mounts.iter().map(|m| m.as_path()).collect::<Vec<_>>(), &path("overlay"));
     assert_same(&survey(&overlay), &survey(&merged));
 }
+
+/// What an image says of a file's size is not believed.
+#[test]
+fn damaged_images_never_panic() {
+    let workshop = workshop();
+    let layer = dir(workshop.path().join("layer"));
+    fs::write(layer.join("first"), vec![1; 8192]).unwrap();
+    fs::write(layer.join("second"), vec![2; 8192]).unwrap();
+    // An inode with a size of 64 bits.
+    std::os::unix::fs::chown(layer.join("second"), Some(100_000), None).unwrap();
+    let image = workshop.path().join("image.erofs");
+    convert(&layer, &image);
+    let sound = fs::read(&image).unwrap();
+    // Everything between the superblock's block and the data.
+    for at in 4096..8192 - 8 {
+        let mut bytes = sound.clone();
+        bytes[at..at + 8].fill(0xff);
+        let Ok(damaged) = Image::open(bytes.as_slice()) else { continue };
+        let good = Image::open(sound.as_slice()).unwrap();
+        let _ = merge(&[good, damaged]);
+    }
+}
