@@ -387,7 +387,7 @@ fn absolute(what: &'static str, path: &str) -> Result<PathBuf, PlanError> {
 mod tests {
     use super::*;
 
-    fn mount(kind: &str, source: &str, options: &[&str]) -> Mount {
+    pub(super) fn mount(kind: &str, source: &str, options: &[&str]) -> Mount {
         Mount {
             kind: kind.into(),
             source: source.into(),

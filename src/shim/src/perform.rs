@@ -146,7 +146,7 @@ pub async fn create_first(
     let programs = config.programs(&env.exe, &env.kvm, &bundle.network)?;
     let patches = patches(&config, &bundle, &wishes)?;
     let sources = Sources::read(&bundle, &wishes, &config)?;
-    let (mut translation, mut root) = match bundle.role {
+    let (mut translation, root) = match bundle.role {
         Role::Sandbox => (None, None),
         _ => {
             let root = sources.root(&request.rootfs, &patches, &config, bundle.role == Role::Single)?;
@@ -155,12 +155,9 @@ pub async fn create_first(
     };
     let (wanted, policy) = (sources.disks(root.as_ref()), config.annotations.clone());
     let disks = blocking("attach disks", move || Disks::attach(&wanted, |path| policy.allows(path))).await?;
-    let root_disk = match root.take() {
-        Some(Root::Disk(wanted)) => Some(disks.find(&wanted).map_err(PodError::from)?),
-        other => {
-            root = other;
-            None
-        }
+    let root_disk = match &root {
+        Some(Root::Disk(wanted)) => Some(disks.find(wanted).map_err(PodError::from)?),
+        _ => None,
     };
     let holds = match &mut translation {
         Some(translation) => sources.place(&id, translation, &disks).map_err(PodError::from)?,

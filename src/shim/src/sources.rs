@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use nacelle_protocol::agent::{DISKS_DIR, VOLUMES_DIR};
 use nacelle_protocol::ids::ContainerId;
+use nacelle_rootfs::disk::Format;
 use nacelle_rootfs::plan::{self, Mount, PlanError};
 use nacelle_rootfs::source::{Request, Source, SourceError};
 use nacelle_rootfs::volume::store::{Store, StoreError};
@@ -162,7 +163,7 @@ impl Sources {
         let disk = plan::disk(mounts).filter(|disk| alone && patches.is_empty() && there(&disk.path));
         if let Some(disk) = disk {
             let path = disk.path.canonicalize().unwrap_or(disk.path);
-            let (format, types) = (nacelle_rootfs::disk::Format::Raw, vec![disk.kind]);
+            let (format, types) = (Format::Raw, vec![disk.kind]);
             return Ok(Root::Disk(Wanted { path, format, types, read_only: disk.read_only, beside: false }));
         }
         Ok(Root::of(mounts, config.fallback == Fallback::Flatten)?)
@@ -315,8 +316,8 @@ fn given_root(bundle: &Bundle, wishes: &Wishes, config: &Config) -> Result<Optio
         Source::Disk { path, format, fstype } => {
             let wish = fstype.as_deref();
             let types = types(config, wish).map_err(|why| refuse(ROOTFS_FSTYPE, wish.unwrap_or_default(), why))?;
-            let read_only = bundle.spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false)
-                || format == nacelle_rootfs::disk::Format::Vmdk;
+            let read_only =
+                bundle.spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false) || format == Format::Vmdk;
             let path = named_path(&config.annotations, ROOTFS, &path)?;
             Some(Given::Disk(Wanted { path, format, types, read_only, beside: false }))
         }

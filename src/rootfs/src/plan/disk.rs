@@ -33,12 +33,8 @@ pub fn disk(mounts: &[Mount]) -> Option<DiskRoot> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::mount;
     use super::*;
-
-    fn mount(kind: &str, source: &str, options: &[&str]) -> Mount {
-        let options = options.iter().map(|o| (*o).to_owned()).collect();
-        Mount { kind: kind.into(), source: source.into(), target: String::new(), options }
-    }
 
     #[test]
     fn disks_of_the_snapshotters() {
