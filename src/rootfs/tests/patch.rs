@@ -384,6 +384,34 @@ fn sources_that_are_refused() {
     assert!(bench.refused(&copy("file", "HOST/out")).contains("in no directory"), "nothing is allowed by default");
 }
 
+/// A33: a node on which files are renamed and mounts come and go all the time, each of which makes the kernel doubt a ".." in a link.
+#[test]
+fn sources_are_found_on_a_busy_node() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let mut bench = two_layers();
+    let host = bench.host();
+    write(host.join("a/b/file"), "found");
+    symlink(format!("{}b/file", "../a/b/../../a/".repeat(50)), host.join("a/link")).unwrap();
+    let noise = dir(bench.workshop.path().join("noise"));
+    let (one, other) = (dir(noise.join("one")), noise.join("other"));
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                fs::rename(&one, &other).unwrap();
+                fs::rename(&other, &one).unwrap();
+            }
+        });
+        let copies: Vec<_> = (0..500)
+            .map(|n| format!(r#"{{"kind":"copy-file","src":"HOST/a/link","dst":"/copy{n}","replace":true}}"#))
+            .collect();
+        let built = bench.build(&format!("[{}]", copies.join(",")));
+        done.store(true, Ordering::Relaxed);
+        let image = built.unwrap_or_else(|e| panic!("{e}: {:?}", std::error::Error::source(&e)));
+        assert_eq!(fs::read(bench.show(&image).join("copy499")).unwrap(), b"found");
+    });
+}
+
 /// A5: a layer that cannot be opened, is no image, or cannot be searched, each by its name.
 #[test]
 fn damaged_layers_are_named() {
@@ -601,7 +629,13 @@ fn in_root(root: &Path, path: &str) -> std::io::Result<File> {
     use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
     let root = rustix::fs::openat(CWD, root, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    Ok(rustix::fs::openat2(root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT)?.into())
+    loop {
+        match rustix::fs::openat2(&root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT) {
+            // Another test has mounted something meanwhile.
+            Err(rustix::io::Errno::AGAIN) => {}
+            found => return Ok(found?.into()),
+        }
+    }
 }
 
 /// A15: a distribution with merged directories.

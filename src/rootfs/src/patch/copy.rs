@@ -16,6 +16,9 @@ use crate::layer::xattrs::{Origin, Reader, Refusal};
 use crate::layer::{inode, list, statx};
 use crate::tree::{Data, Inode, Location, Node, SourceDir, Time};
 
+/// How often a path is resolved anew when the kernel could not make sure that it stayed inside (openat2(2), `EAGAIN`).
+const RESOLUTIONS: usize = 10_000;
+
 /// Directories of the host from which patches may copy.
 #[derive(Clone, Debug, Default)]
 pub struct Sources {
@@ -42,7 +45,14 @@ impl Sources {
         let inside = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
         let below = if below.is_empty() { b"." } else { below };
         let flags = flags | OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-        rustix::fs::openat2(root, below, flags, Mode::empty(), inside).map_err(failed)
+        // Each mount and each rename anywhere on the node makes the kernel give up on a ".." of a link's that it has walked meanwhile.
+        for _ in 0..RESOLUTIONS {
+            match rustix::fs::openat2(&root, below, flags, Mode::empty(), inside) {
+                Err(Errno::AGAIN) => std::thread::yield_now(),
+                opened => return opened.map_err(failed),
+            }
+        }
+        Err(failed(Errno::AGAIN))
     }
 
     /// A regular file: its permissions and content.
