@@ -2,11 +2,13 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::time::UNIX_EPOCH;
 
+use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -106,7 +108,8 @@ impl Sidecar {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    bytes.iter().flat_map(|&b| [b >> 4, b & 15]).map(|digit| DIGITS[usize::from(digit)] as char).collect()
 }
 
 /// The key of an archive: as above, and never that of a directory.
@@ -132,9 +135,11 @@ pub fn key_of_merged<'k>(keys: impl Iterator<Item = &'k str>) -> String {
 
 /// The key of what is at `path` now: 64 hexadecimal digits.
 pub fn key_of(path: &Path) -> io::Result<String> {
-    let path = fs::canonicalize(path)?;
-    let metadata = fs::metadata(&path)?;
-    let file_system = rustix::fs::statvfs(&path)?.f_fsid;
+    // The path is walked once and its real name asked of the kernel: a stack of layers has a hundred of them.
+    let dir = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let file_system = rustix::fs::fstatvfs(&dir)?.f_fsid;
+    let path = fs::read_link(format!("/proc/self/fd/{}", dir.as_raw_fd()))?;
+    let metadata = File::from(dir).metadata()?;
     // Not every file system keeps a time of birth; the change time alone tells a reused directory apart as well.
     let born = metadata.created().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).map_or(0, |d| d.as_nanos());
     let mut hash = Sha256::new();
