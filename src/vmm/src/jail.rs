@@ -41,6 +41,7 @@ use thiserror::Error;
 use crate::plan::{Ids, Plan, WORKING_DIRECTORY};
 use crate::report;
 
+mod cgroup;
 mod graft;
 mod landlock;
 mod mountinfo;
@@ -143,8 +144,8 @@ pub fn enter(plan: &Plan, console: &File) -> Result<(), JailError> {
         .map_err(at("descriptors", "change owner of the console"))?;
 
     // 3. Cgroups, before the cgroup namespace: what is joined becomes its root.
-    for dir in jail.cgroups.iter().filter(|_| Step::Cgroups.taken()) {
-        fs::write(dir.join("cgroup.procs"), "0").map_err(at("cgroups", format!("join cgroup {}", dir.display())))?;
+    if Step::Cgroups.taken() {
+        cgroup::join(&jail.cgroups)?;
     }
 
     // 4. The user namespace, held by a descriptor: entered last, but needed now to map the ids of mounts.

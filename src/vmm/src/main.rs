@@ -58,7 +58,6 @@ fn main() -> ExitCode {
     };
     log::init();
     report::init(report, jail::exit);
-    make_room(&console);
     let Err(failure) = run(config, lifeline, &console);
     let Failure { stage, error } = failure;
     report::send(&report::failed(stage, error.as_ref()));
@@ -66,7 +65,7 @@ fn main() -> ExitCode {
 }
 
 /// Grows the table of descriptors while this process has one thread: where others look into it, the kernel lets all of them
-/// go by first (synchronize_rcu), which takes some 10 ms, and holds up who opened one more.
+/// go by first (synchronize_rcu), which takes some 10 ms, and holds up who opened one more. A fork begins with a small one again.
 fn make_room(any: &File) {
     // A table that stays small is only slower.
     drop(rustix::io::fcntl_dupfd_cloexec(any, DESCRIPTORS - 1));
@@ -139,6 +138,7 @@ fn run(config: File, lifeline: File, console: &File) -> Result<Infallible, Failu
     OpenOptions::new().read(true).write(true).open("/dev/kvm").map_err(NoKvm).map_err(stage("kvm"))?;
 
     jail::enter(&plan, console).map_err(|error| stage(error.stage)(error))?;
+    make_room(console);
     if plan.awaits_nics {
         // The shim works on it, or it is gone, and this ends.
         let nics: Nics = line(&mut lines).and_then(|text| parse(&text)).map_err(stage("network"))?;
