@@ -76,7 +76,11 @@ def rounds(repeat, turn):
     for number in range(-1, repeat):
         for chance in range(CHANCES):
             try:
-                values = list(turn())
+                values = []
+                for table, row, value in turn():
+                    # Who waits has to see that the machine lives.
+                    print(f"round {number}: {table.title}, {row}: {value:.1f}", file=sys.stderr, flush=True)
+                    values.append((table, row, value))
                 break
             except Failed as failure:
                 print(f"round repeated: {failure}", file=sys.stderr)
