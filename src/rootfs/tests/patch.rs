@@ -384,7 +384,7 @@ fn sources_that_are_refused() {
     assert!(bench.refused(&copy("file", "HOST/out")).contains("in no directory"), "nothing is allowed by default");
 }
 
-/// A33: a node on which files are renamed and mounts come and go all the time, each of which makes the kernel doubt a ".." in a link.
+/// A11: a node on which files are renamed and mounts come and go all the time, each of which makes the kernel doubt a ".." in a link.
 #[test]
 fn sources_are_found_on_a_busy_node() {
     use std::sync::atomic::{AtomicBool, Ordering};
