@@ -41,7 +41,12 @@ class Bench:
         """One complete turn. An emulated machine within the emulated one hangs at times; it gets a second chance."""
         for chance in range(CHANCES):
             try:
-                return list(turn())
+                values = []
+                for table, row, value in turn():
+                    # Who waits has to see that the machine lives.
+                    print(f"{table.title.strip()}, {row}: {value:.1f}", file=sys.stderr, flush=True)
+                    values.append((table, row, value))
+                return values
             except Failed as failure:
                 print(f"round repeated: {failure}", file=sys.stderr)
                 self.runc.clear()
