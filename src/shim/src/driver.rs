@@ -450,6 +450,7 @@ impl Driver {
             Answer::Performed => output.unwrap_or(Ok(Reply::Done)),
             Answer::Ok => Ok(Reply::Done),
             Answer::Exit(exit) => Ok(Reply::Exit(pid, Some(exit))),
+            Answer::Deleted(pid, exit) => Ok(Reply::Exit(pid, exit)),
             Answer::Refused(refusal) => Err(self.refused(refusal, job.key)),
         };
         let _ = job.reply.send(reply);

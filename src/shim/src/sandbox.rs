@@ -127,6 +127,8 @@ pub enum Answer {
     Ok,
     /// With an exit.
     Exit(Exit),
+    /// With what the Delete before it gave.
+    Deleted(u32, Option<Exit>),
     /// Not at all.
     Refused(Refusal),
 }
@@ -210,6 +212,8 @@ struct Process {
     waiters: Vec<Token>,
     /// A Delete that waits for the exit of a container that never started.
     delete: Option<Token>,
+    /// Deletes behind the one that is under way.
+    deletes: Vec<Token>,
 }
 
 #[derive(Debug)]
@@ -240,7 +244,7 @@ pub struct Sandbox {
 
 impl Process {
     fn new() -> Self {
-        Self { phase: Phase::Creating, pid: 0, exit: None, waiters: Vec::new(), delete: None }
+        Self { phase: Phase::Creating, pid: 0, exit: None, waiters: Vec::new(), delete: None, deletes: Vec::new() }
     }
 
     /// It runs, or may: an exit is still to come.
@@ -379,7 +383,12 @@ impl Sandbox {
                         self.in_flight.insert(token, request);
                         return Ok(());
                     }
-                    Phase::Created | Phase::Deleting => return Err(Refusal::WrongPhase("it is being deleted")),
+                    // A client that went away may have begun it: who comes next must not be told that it failed.
+                    Phase::Created | Phase::Deleting => {
+                        process.deletes.push(token);
+                        self.in_flight.insert(token, request);
+                        return Ok(());
+                    }
                     _ => return Err(Refusal::WrongPhase("the process is still running")),
                 }
             }
@@ -524,9 +533,13 @@ impl Sandbox {
         let Some(process) = self.process_mut(key) else { return };
         if result.is_err() {
             process.phase = if process.exit.is_some() { Phase::Stopped } else { Phase::Created };
+            if !process.deletes.is_empty() {
+                process.phase = Phase::Deleting;
+                out.push(Action::Perform(process.deletes.remove(0)));
+            }
             return;
         }
-        let removed = match &key.exec {
+        let removed: Vec<Process> = match &key.exec {
             Some(exec) => {
                 self.containers.get_mut(&key.container).and_then(|c| c.execs.remove(exec)).into_iter().collect()
             }
@@ -541,8 +554,14 @@ impl Sandbox {
                 all
             }
         };
-        for waiter in removed.into_iter().flat_map(|p: Process| p.waiters).filter(|t| *t != token) {
-            out.push(Action::Answer(waiter, Answer::Refused(Refusal::NotFound)));
+        for process in removed {
+            for waiter in process.waiters.into_iter().filter(|t| *t != token) {
+                out.push(Action::Answer(waiter, Answer::Refused(Refusal::NotFound)));
+            }
+            for late in process.deletes {
+                self.in_flight.remove(&late);
+                out.push(Action::Answer(late, Answer::Deleted(process.pid, process.exit)));
+            }
         }
         if self.containers.is_empty() && self.vm == Vm::Up {
             self.vm = Vm::Gone;

@@ -129,6 +129,22 @@ fn a_container_that_never_started_is_killed_before_it_is_deleted() {
 }
 
 #[test]
+fn a_delete_behind_another_shares_its_end() {
+    let mut s = running("c1");
+    s.apply(Event::Exited(key("c1", None), EXIT));
+    let delete = |token| Event::Request(token, Request::Delete(key("c1", None)));
+    assert_eq!(s.apply(delete(5)), [Action::Perform(5)]);
+    assert_eq!(s.apply(delete(6)), []);
+    assert_eq!(s.apply(delete(7)), []);
+    let failed = s.apply(Event::Done(5, Err(())));
+    assert_eq!(failed, [Action::Answer(5, Answer::Performed), Action::Perform(6)], "the next one tries");
+    let notice = Notice::Delete { container: id("c1"), pid: 100, exit: EXIT };
+    let done = s.apply(Event::Done(6, Ok(0)));
+    let late = Action::Answer(7, Answer::Deleted(100, Some(EXIT)));
+    assert_eq!(done, [Action::Answer(6, Answer::Performed), Action::Publish(notice), late, Action::StopVm]);
+}
+
+#[test]
 fn a_failed_boot_leaves_nothing() {
     let mut s = Sandbox::default();
     s.apply(Event::Request(1, Request::Create(id("c1"))));
