@@ -77,6 +77,15 @@ class Trace:
         found = re.findall(r"-\d+ .* (\d+)\.(\d{6}): " + pattern, self.text)
         return [(int(s) * 10**9 + int(us) * 1000, *groups) for s, us, *groups in found]
 
+    def spent(self, run):
+        """Program → Mi until the first byte of `run`, by who had the processor (sched/sched_switch)."""
+        spent, last = {}, run.started
+        for at, program in self.raw(r"sched_switch: prev_comm=(.*?) prev_pid="):
+            if run.started <= at <= run.started + run.first * NS_PER_MI:
+                spent[program] = spent.get(program, 0) + (at - last) / NS_PER_MI
+                last = at
+        return spent
+
     @staticmethod
     def write(name, text):
         with open(TRACING + name, "w") as file:

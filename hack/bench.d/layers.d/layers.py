@@ -11,7 +11,7 @@ import sys
 
 import peers
 from peers import Containerd, Nacelle
-from stopwatch import Failed
+from stopwatch import Failed, Trace
 from table import Table
 
 PAYLOAD = os.path.dirname(os.path.abspath(__file__))
@@ -55,6 +55,15 @@ def main():
                     table.add(row, value)
     for table in (first, more, phases):
         table.show()
+    print("\n     one more container, by who had the processor (more than 0.5; swapper is idle)")
+    for layers, image in images.items():
+        peers.IMAGE = f"nacelle.test/{image}:latest"
+        nacelle.pod("pod")
+        with Trace(["sched/sched_switch"]) as trace:
+            run = nacelle.second("pod")
+        nacelle.end("pod")
+        programs = sorted(trace.spent(run).items(), key=lambda item: -item[1])
+        print(f"  {layers} layers: " + ", ".join(f"{program} {mi:.1f}" for program, mi in programs if mi > 0.5))
 
 
 if __name__ == "__main__":
