@@ -10,18 +10,14 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::mem::size_of;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::fstatfs;
-use rustix::process::{Pid, Signal, WaitOptions, getpid, getppid, set_parent_process_death_signal, waitpid};
+use rustix::process::{Signal, WaitOptions, getpid, getppid, set_parent_process_death_signal, waitpid};
 
-use super::{JailError, at, exit};
-
-/// From `linux/sched.h`; the constant of the libc crate is too narrow.
-const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+use super::{JailError, at, exit, fork_into};
 
 /// `f_type` of a cgroup 2 hierarchy (`CGROUP2_SUPER_MAGIC` in the kernel's `magic.h`).
 const CGROUP2_MAGIC: u64 = 0x6367_7270;
@@ -47,7 +43,7 @@ fn be_born_in(dir: &Path) -> io::Result<()> {
         return Err(io::Error::from_raw_os_error(libc::ENOSYS));
     }
     let parent = getpid();
-    let Some(twin) = clone_into(dir.as_fd())? else {
+    let Some(twin) = fork_into(dir.as_fd())? else {
         // The shim knows the parent only, and may end it at any time.
         set_parent_process_death_signal(Some(Signal::KILL))?;
         if getppid() != Some(parent) {
@@ -57,23 +53,4 @@ fn be_born_in(dir: &Path) -> io::Result<()> {
     };
     let ended = waitpid(Some(twin), WaitOptions::empty());
     exit(ended.ok().flatten().and_then(|(_, status)| status.exit_status()).unwrap_or(1));
-}
-
-/// A fork whose child is in that cgroup; `None` in the child.
-///
-/// The C library knows nothing of the child: it has one thread, whose id the library has wrong. Nothing but a signal to itself
-/// needs that id, and the next fork, of the VMM, puts it right.
-fn clone_into(cgroup: std::os::fd::BorrowedFd<'_>) -> io::Result<Option<Pid>> {
-    // SAFETY: all zeroes are what stands for "not asked for" in each field.
-    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-    arguments.flags = CLONE_INTO_CGROUP;
-    arguments.exit_signal = libc::SIGCHLD as u64;
-    arguments.cgroup = cgroup.as_raw_fd().unsigned_abs().into();
-    // SAFETY: without CLONE_VM the child goes on with a copy of this stack and of the heap, whose locks are in order, as
-    // there is one thread (`super::enter` checks); the kernel reads the arguments, of the size that is told, during the call.
-    let pid = unsafe { libc::syscall(libc::SYS_clone3, std::ptr::from_ref(&arguments), size_of::<libc::clone_args>()) };
-    match pid {
-        ..0 => Err(io::Error::last_os_error()),
-        pid => Ok(i32::try_from(pid).ok().and_then(Pid::from_raw)),
-    }
 }
