@@ -135,5 +135,7 @@ contest("100,000 tiny files: what it takes of memory", [
 contest("an upper disk of 10 GiB", [
     ("mkfs.ext4", "sh -c 'truncate -s 10G out && exec mkfs.ext4 -q -F out'"),
     ("microsandbox-image", f"{PEER} upper out {10 << 30}"),
+    ("its process alone", f"{PEER} nothing"),
     ("nacelle upper create", f"{NACELLE} upper --data-dir . create --size 10G out"),
+    ("its process alone (--version)", f"{NACELLE} --version"),
 ])
