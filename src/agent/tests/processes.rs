@@ -147,12 +147,14 @@ fn a_host_that_does_not_read_stalls_the_process_only() {
         host.start("c1", "e1").await.expect("start");
         let mut out = out.connection().await;
         // No credit is given: the whole frames that fit into one window arrive, and not a byte more.
-        let mut window = 0;
-        while let Ok(Some(bytes)) = tokio::time::timeout(Duration::from_millis(300), next(&mut out)).await {
-            window += bytes.len();
-        }
         let frame = MAX_DATA - HEADER_LEN;
-        assert_eq!(window, WINDOW as usize / frame * frame);
+        let (mut window, whole) = (0, WINDOW as usize / frame * frame);
+        while window < whole {
+            window += next(&mut out).await.expect("a frame").len();
+        }
+        assert_eq!(window, whole);
+        let more = tokio::time::timeout(Duration::from_millis(300), next(&mut out)).await;
+        assert!(more.is_err(), "{} bytes too many", more.map_or(0, |bytes| bytes.map_or(0, |bytes| bytes.len())));
         assert_eq!(host.run("c1", "e2", process(&["echo", "others go on"])).await.1, "others go on\n");
         drop(out);
         assert_eq!(host.wait("c1", "e1").await, 128 + 13, "SIGPIPE, once the host has gone");
