@@ -154,7 +154,7 @@ fn a_host_that_does_not_read_stalls_the_process_only() {
         }
         assert_eq!(window, whole);
         let more = tokio::time::timeout(Duration::from_millis(300), next(&mut out)).await;
-        assert!(more.is_err(), "{} bytes too many", more.map_or(0, |bytes| bytes.map_or(0, |bytes| bytes.len())));
+        assert!(more.is_err(), "not a byte more");
         assert_eq!(host.run("c1", "e2", process(&["echo", "others go on"])).await.1, "others go on\n");
         drop(out);
         assert_eq!(host.wait("c1", "e1").await, 128 + 13, "SIGPIPE, once the host has gone");
