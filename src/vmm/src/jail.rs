@@ -7,7 +7,7 @@
 //!  process 0 (root)                          process 1 (PID 1 of its namespace) = the VMM
 //!   1 limits                                  9 /proc, pivot_root, nothing of the host is mounted any more
 //!   2 descriptors 0 to 6, nothing else       10 into the user namespace, ids 0, capabilities dropped
-//!   3 cgroups: a twin is born there           11 no new privileges, no dumps, own session, clean environment
+//!   3 cgroups: a twin is born there          11 no new privileges, no dumps, own session, clean environment
 //!   4 user namespace of the sandbox          12 Landlock
 //!   5 network namespace                      13 seccomp
 //!   6 mount, IPC, UTS, cgroup namespaces     14 lifeline: dies with the shim

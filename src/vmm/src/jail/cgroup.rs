@@ -19,9 +19,6 @@ use rustix::process::{Signal, WaitOptions, getpid, getppid, set_parent_process_d
 
 use super::{JailError, at, exit, fork_into};
 
-/// `f_type` of a cgroup 2 hierarchy (`CGROUP2_SUPER_MAGIC` in the kernel's `magic.h`).
-const CGROUP2_MAGIC: u64 = 0x6367_7270;
-
 /// Brings the process, or a twin in which it returns, into these cgroups.
 pub(super) fn join(dirs: &[PathBuf]) -> Result<(), JailError> {
     let failed = |dir: &Path| at("cgroups", format!("join cgroup {}", dir.display()));
@@ -39,7 +36,7 @@ pub(super) fn join(dirs: &[PathBuf]) -> Result<(), JailError> {
 fn be_born_in(dir: &Path) -> io::Result<()> {
     let flags = libc::O_PATH | libc::O_DIRECTORY;
     let dir = File::options().read(true).custom_flags(flags).open(dir)?;
-    if fstatfs(&dir)?.f_type as u64 != CGROUP2_MAGIC {
+    if fstatfs(&dir)?.f_type != libc::CGROUP2_SUPER_MAGIC {
         return Err(io::Error::from_raw_os_error(libc::ENOSYS));
     }
     let parent = getpid();
