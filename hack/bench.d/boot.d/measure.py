@@ -12,7 +12,7 @@ import sys
 
 from peers import IMAGE, Bare, Containerd, Microsandbox, Nacelle
 from stopwatch import Failed, Trace
-from table import Table
+from table import Table, told
 
 PAYLOAD = os.path.dirname(os.path.abspath(__file__))
 POD = "pod"
@@ -41,12 +41,7 @@ class Bench:
         """One complete turn. An emulated machine within the emulated one hangs at times; it gets a second chance."""
         for chance in range(CHANCES):
             try:
-                values = []
-                for table, row, value in turn():
-                    # Who waits has to see that the machine lives.
-                    print(f"{table.title.strip()}, {row}: {value:.1f}", file=sys.stderr, flush=True)
-                    values.append((table, row, value))
-                return values
+                return list(told(turn()))
             except Failed as failure:
                 print(f"round repeated: {failure}", file=sys.stderr)
                 self.runc.clear()

@@ -1,6 +1,7 @@
 """Prints what was measured: one line a row, with the median, the range and the ratio to another row."""
 
 import statistics
+import sys
 
 
 class Table:
@@ -26,3 +27,10 @@ class Table:
             if self.base:
                 line += f"  {self.median(row) / self.median(self.base):6.2f}"
             print(line)
+
+
+def told(turn, prefix=""):
+    """What `turn` yields, (table, row, value) each, said on standard error as it comes: who waits has to see that the machine lives."""
+    for table, row, value in turn:
+        print(f"{prefix}{table.title.strip()}, {row}: {value:.1f}", file=sys.stderr, flush=True)
+        yield table, row, value

@@ -17,7 +17,7 @@ import time
 import peers
 from peers import Bare, Containerd, Nacelle
 from stopwatch import NS_PER_MI, Failed, Run, Trace
-from table import Table
+from table import Table, told
 
 PAYLOAD = os.path.dirname(os.path.abspath(__file__))
 KERNELS = ["libkrunfw", "own"]
@@ -76,11 +76,7 @@ def rounds(repeat, turn):
     for number in range(-1, repeat):
         for chance in range(CHANCES):
             try:
-                values = []
-                for table, row, value in turn():
-                    # Who waits has to see that the machine lives.
-                    print(f"round {number}: {table.title}, {row}: {value:.1f}", file=sys.stderr, flush=True)
-                    values.append((table, row, value))
+                values = list(told(turn(), f"round {number}: "))
                 break
             except Failed as failure:
                 print(f"round repeated: {failure}", file=sys.stderr)
