@@ -1,6 +1,5 @@
 # shellcheck shell=bash
-# Sourced: a measurement in the testbed under icount. An emulated machine stops for good now and then (more often while it runs
-# several vCPUs), so its program says each figure on standard error as it comes, and one that falls silent is started anew.
+# Sourced: a measurement in the testbed under icount. An emulated machine may stop for good, so its program says each figure on standard error as it comes, and one that falls silent is started anew.
 
 # measured PAYLOAD WORD…: runs the payload's start with these words. Its standard output comes when it has come to its end.
 measured() {
