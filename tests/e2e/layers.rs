@@ -19,6 +19,7 @@ const NOT_OTHERS: &str = "it is about nacelle's layer cache";
 pub const CASES: &[Case] = &[
     Case::only_nacelle("two_pods_convert_each_layer_once", two_pods_convert_each_layer_once, NOT_OTHERS),
     Case::only_nacelle("a_flipped_byte_is_repaired", a_flipped_byte_is_repaired, NOT_OTHERS),
+    Case::only_nacelle("the_file_system_protects_images", the_file_system_protects_images, NOT_OTHERS),
     Case::only_nacelle("collection_under_load", collection_under_load, NOT_OTHERS),
     Case::only_nacelle("the_cache_keeps_its_limit", the_cache_keeps_its_limit, NOT_OTHERS),
     Case::only_nacelle("an_unseen_layer_is_used_at_once", an_unseen_layer_is_used_at_once, NOT_OTHERS),
@@ -131,6 +132,71 @@ fn a_flipped_byte_is_repaired(node: &Node) {
     assert_eq!(cache.layer(&["verify"]).run().code, 1, "a silent change is found by reading");
     let repaired = cache.layer(&["verify", "--repair"]).ok().text();
     assert!(repaired.ends_with("checksum mismatch, removed"), "{repaired}");
+    assert_eq!(run("built").1, sum);
+    assert!(cache.layer(&["verify"]).ok().text().ends_with(" ok"));
+}
+
+/// A file system with fs-verity, in a file, mounted while this lives.
+struct WithVerity {
+    disk: PathBuf,
+    dir: PathBuf,
+}
+
+impl WithVerity {
+    fn new(node: &Node, name: &str) -> Self {
+        let (disk, dir) = (node.path(&format!("{name}.ext4")), node.path(name));
+        let options = ["-q", "-O", "verity", "-b", "4096"];
+        Cmd::new("mkfs.ext4").args(options).args([&disk]).args(["128M"]).ok();
+        fs::create_dir_all(&dir).expect("make a directory");
+        Cmd::new("mount").args(["-o", "loop"]).args([&disk, &dir]).ok();
+        Self { disk, dir }
+    }
+
+    /// Damages the block in the middle of a file, as the medium would.
+    fn damage(&self, path: &Path) {
+        Cmd::new("sync").ok();
+        let middle = fs::metadata(path).expect("look at the file").len() / 4096 / 2;
+        let inside = path.strip_prefix(&self.dir).expect("a file of this file system");
+        let question = format!("bmap /{} {middle}", inside.display());
+        let block: u64 =
+            Cmd::new("debugfs").args(["-R", &question]).args([&self.disk]).ok().text().parse().expect("a block");
+        let disk = fs::File::options().write(true).open(&self.disk).expect("open the disk");
+        disk.write_all_at(b"damaged", block * 4096).expect("write to the disk");
+        fs::write("/proc/sys/vm/drop_caches", "3").expect("forget what was read");
+    }
+}
+
+impl Drop for WithVerity {
+    fn drop(&mut self) {
+        Cmd::new("umount").args(["--lazy"]).args([&self.dir]).run();
+        fs::remove_dir(&self.dir).ok();
+        fs::remove_file(&self.disk).ok();
+    }
+}
+
+fn the_file_system_protects_images(node: &Node) {
+    let disk = WithVerity::new(node, "cache-verity");
+    let cache = Cache::new(node, "cache-verity", "");
+    let run = |expected: &str| {
+        let c = node.detached(&[], BUSYBOX, &["sleep", "1000"]);
+        let found = outcomes(c.id());
+        assert_eq!((found.len(), found[0].1.as_str()), (1, expected));
+        let image = cache.dir.join("layers/erofs-v1").join(format!("{}.erofs", found[0].0));
+        within(patience(), "nobody can write to the image, not even root", || {
+            fs::File::options().write(true).open(&image).is_err().then_some(())
+        });
+        let sum = c.sh("md5sum /bin/busybox");
+        c.remove();
+        (image, sum)
+    };
+    let (image, sum) = run("built");
+    assert_eq!(run("reused").1, sum);
+    disk.damage(&image);
+    let error = fs::read(&image).expect_err("wrong bytes are not read");
+    assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::IO.raw_os_error()), "{error}");
+    assert_eq!(cache.layer(&["verify"]).run().code, 1, "it is found by reading");
+    let repaired = cache.layer(&["verify", "--repair"]).ok().text();
+    assert!(repaired.contains("Input/output error") && repaired.ends_with("removed"), "{repaired}");
     assert_eq!(run("built").1, sum);
     assert!(cache.layer(&["verify"]).ok().text().ends_with(" ok"));
 }

@@ -81,6 +81,7 @@ fn open(data_dir: &Path) -> anyhow::Result<Cache> {
 fn import(cache: &Cache, archive: &Path, diff_id: DiffId, out: &mut impl io::Write) -> anyhow::Result<bool> {
     let layer = cache.acquire_archive(diff_id, || File::open(archive));
     let layer = layer.with_context(|| format!("import {}", archive.display()))?;
+    cache.settle([layer.key.as_str()]).context("settle the new image")?;
     let done = if layer.outcome == Outcome::Hit { "in the cache already" } else { "converted" };
     writeln!(out, "{}: {}, {done}", layer.path.display(), units::bytes(layer.size))?;
     Ok(true)

@@ -52,7 +52,7 @@ fn images_share_blocks(package: &str, mkfs: &str, kind: &str) {
     // Nobody has read it, so nobody can tell damage; then somebody has.
     let problems = || cache.verify(false).unwrap().into_iter().filter_map(|verdict| verdict.problem).count();
     assert_eq!(problems(), 0);
-    cache.sum_up([made.key.as_str()]).unwrap();
+    cache.settle([made.key.as_str()]).unwrap();
     assert_eq!(problems(), 0);
     let mut bytes = fs::read(&made.path).unwrap();
     let last = bytes.len() - 100_000;

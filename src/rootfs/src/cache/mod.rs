@@ -26,6 +26,7 @@ mod index;
 mod merged;
 mod mounted;
 mod patched;
+mod protected;
 mod sidecar;
 
 use std::fs::{self, File};
@@ -348,6 +349,9 @@ impl Cache {
         if lacking || !lock::share(&file, wait).ok()? || Stamp::of(&file).ok()? != sidecar.stamp {
             return None;
         }
+        if sidecar.fs_verity.is_some() && protected::digest(&file).ok()? != sidecar.fs_verity {
+            return None;
+        }
         // Only the order of collection depends on it.
         let _ = touch.set_modified(std::time::SystemTime::now());
         Some(Layer {
@@ -434,6 +438,7 @@ impl Cache {
         let image = File::open(self.file(key, "erofs")).ok()?;
         (Some(checksum(&image).ok()?) == sidecar.checksum).then_some(())?;
         sidecar.stamp = Stamp::of(&image).ok()?;
+        sidecar.fs_verity = protected::digest(&image).ok()?;
         sidecar.write(&path).ok()
     }
 
@@ -448,7 +453,7 @@ impl Cache {
         let temp = self.file(key, "tmp");
         let temporary = Temporary(Some(&temp));
         let Made { file: image, written, opaque, parts } = make(&temp)?.into();
-        // Blocks that are shared shall not be read now, when somebody waits for the image: see `sum_up`.
+        // Blocks that are shared shall not be read now, when somebody waits for the image: see `settle`.
         let later = written.checksum.is_none() && written.shared > 0 && !self.verity;
         let (verity, checksum) = if later {
             (None, None)
@@ -463,6 +468,7 @@ impl Cache {
             source,
             checksum,
             foreign,
+            fs_verity: None,
             verity,
             inodes: written.inodes,
             opaque,
@@ -477,11 +483,12 @@ impl Cache {
         Ok(())
     }
 
-    /// Reads the images of these keys that nobody has read in full, so that later damage shows.
+    /// What can wait until the pod runs that new images were made for: those that nobody has read in full are read, so that later
+    /// damage shows, and the file system protects them, if it can (fs-verity).
     ///
     /// # Errors
     /// [`CacheError::Io`]
-    pub fn sum_up<'k>(&self, keys: impl IntoIterator<Item = &'k str>) -> Result<(), CacheError> {
+    pub fn settle<'k>(&self, keys: impl IntoIterator<Item = &'k str>) -> Result<(), CacheError> {
         for key in keys {
             let lock_path = self.file(key, "lock");
             let _lock = Lock::wait(&lock_path).map_err(failed("lock", &lock_path))?;
@@ -489,10 +496,18 @@ impl Cache {
             let Ok((sidecar, _)) = Sidecar::read(&self.file(key, "json")) else { continue };
             let path = self.file(key, "erofs");
             let Ok(image) = File::open(&path) else { continue };
-            if sidecar.checksum.is_none() && Stamp::of(&image).is_ok_and(|stamp| stamp == sidecar.stamp) {
-                let checksum = Some(checksum(&image).map_err(failed("read back image", &path))?);
+            if !Stamp::of(&image).is_ok_and(|stamp| stamp == sidecar.stamp) {
+                continue;
+            }
+            let checksum = match sidecar.checksum {
+                None => Some(checksum(&image).map_err(failed("read back image", &path))?),
+                known => known,
+            };
+            let fs_verity = protected::protect(&image).map_err(failed("protect image", &path))?;
+            if (checksum, &fs_verity) != (sidecar.checksum, &sidecar.fs_verity) {
                 let path = self.file(key, "json");
-                Sidecar { checksum, ..sidecar }.write(&path).map_err(failed("write sidecar", &path))?;
+                let settled = Sidecar { checksum, fs_verity, ..sidecar };
+                settled.write(&path).map_err(failed("write sidecar", &path))?;
             }
         }
         Ok(())

@@ -34,6 +34,9 @@ pub struct Sidecar {
     /// It is a copy of an image that others made, or of the data of one: what it holds is theirs to know.
     #[serde(default)]
     pub foreign: bool,
+    /// Its digest by fs-verity, if the file system protects it so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fs_verity: Option<String>,
     /// The tree of digests behind it, if it has one.
     #[serde(default)]
     pub verity: Option<Verity>,
@@ -107,7 +110,8 @@ impl Sidecar {
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
+/// Bytes as hexadecimal digits.
+pub fn hex(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     bytes.iter().flat_map(|&b| [b >> 4, b & 15]).map(|digit| DIGITS[usize::from(digit)] as char).collect()
 }

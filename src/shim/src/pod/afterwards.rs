@@ -1,6 +1,6 @@
-//! What is done for the layer cache beside a pod that runs: layers that were only indexed are converted, images whose blocks are
-//! shared with the layers' files are read once for their checksums, and the cache is kept within its limit (`rootfs.cache_mib`)
-//! by whoever has made it grow.
+//! What is done for the layer cache beside a pod that runs: layers that were only indexed are converted; new images are protected
+//! by the file system if it can (fs-verity), and those whose blocks are shared with the layers' files are read once for their
+//! checksums; and the cache is kept within its limit (`rootfs.cache_mib`) by whoever has made it grow.
 //!
 //! It happens on a thread that nobody waits for, after the layers of the container at hand have got their links: what a pod
 //! uses is never collected. A shim that ends in the middle of it leaves the cache sound, and the next container goes on.
@@ -21,8 +21,8 @@ pub fn start(cache: Cache, layers: &[Layer], limit_mib: u64) {
         let _ = rustix::process::setpriority_process(None, 19);
         // Held until the end: else a small limit would take them again before anybody has used them.
         let complete = cache.complete(&indexed).map_err(|e| tracing::warn!("convert layers: {}", crate::chain(&e)));
-        if let Err(e) = cache.sum_up(made.iter().map(String::as_str)) {
-            tracing::warn!("read new layers: {}", crate::chain(&e));
+        if let Err(e) = cache.settle(made.iter().map(String::as_str)) {
+            tracing::warn!("settle new layers: {}", crate::chain(&e));
         }
         match cache.gc(if limit_mib == 0 { u64::MAX } else { limit_mib << 20 }) {
             Ok(done) if done.removed.is_empty() => {}
