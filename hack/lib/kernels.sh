@@ -21,8 +21,8 @@ default_kernel() {
     fi
 }
 
-# guest_kernels DIR: puts into DIR `vmlinux`, which pods run by default, and `vmlinux-libkrunfw`, the one that can lend the
-# host's network.
+# guest_kernels DIR: puts into DIR `vmlinux`, which pods run by default, what there is of it for processors without faults of
+# returns, and `vmlinux-libkrunfw`, the one that can lend the host's network.
 guest_kernels() {
     local name default libkrunfw
     name=$(default_kernel)
@@ -30,5 +30,8 @@ guest_kernels() {
     libkrunfw=$(guest_kernel libkrunfw)
     mkdir -p "$1"
     install -m 644 "$default" "$1/vmlinux"
+    # One that is left from another vmlinux would go before this one.
+    rm -f "$1/vmlinux-plain-returns"
+    [ ! -f "$default-plain-returns" ] || install -m 644 "$default-plain-returns" "$1/vmlinux-plain-returns"
     install -m 644 "$libkrunfw" "$1/vmlinux-libkrunfw"
 }

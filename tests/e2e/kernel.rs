@@ -20,6 +20,7 @@ const NOT_OTHERS: &str = "it is about nacelle's guest kernel";
 
 pub const CASES: &[Case] = &[
     Case::only_nacelle("is_told", is_told, NOT_OTHERS),
+    Case::only_nacelle("fits_the_processor", fits_the_processor, NOT_OTHERS),
     Case::only_nacelle("quota_limits_one_container", quota_limits_one_container, NOT_OTHERS),
     Case::only_nacelle("quota_spares_the_neighbour", quota_spares_the_neighbour, NOT_OTHERS),
     Case::only_nacelle("quota_by_annotation", quota_by_annotation, NOT_OTHERS),
@@ -82,6 +83,29 @@ fn is_told(node: &Node) {
     }
     // The host's network is not lent to who has not asked.
     assert!(!features.iter().any(|name| name == "host-network"), "{features:?}");
+}
+
+/// A processor without faults of returns has a kernel of its own, which finds them as absent as the host did.
+fn fits_the_processor(node: &Node) {
+    const FAULTS: [&str; 3] = ["retbleed", "spec_rstack_overflow", "indirect_target_selection"];
+    const FOLDER: &str = "/sys/devices/system/cpu/vulnerabilities";
+    let c = node.resident();
+    let vmm = status(node, c.id())["vmm_pid"].clone();
+    let table = fs::read_to_string(format!("/proc/{vmm}/mountinfo")).expect("the VMM's mounts");
+    // Fields 4 and 5: what of the file system is mounted, and where.
+    let mut mounts = table.lines().map(|line| line.split(' ').skip(3));
+    let file = mounts.find_map(|mut fields| fields.next().filter(|_| fields.next() == Some("/kernel")));
+    let file = Path::new(file.expect("a kernel")).file_name().and_then(|name| name.to_str());
+    let healthy = FAULTS
+        .iter()
+        .all(|fault| fs::read_to_string(format!("{FOLDER}/{fault}")).is_ok_and(|said| said == "Not affected\n"));
+    let plain = own() && healthy;
+    assert_eq!(file, Some(if plain { "vmlinux-plain-returns" } else { "vmlinux" }));
+    if plain {
+        for fault in FAULTS {
+            assert_eq!(c.sh(&format!("cat {FOLDER}/{fault}")), "Not affected", "{fault}");
+        }
+    }
 }
 
 /// Fills a container up to its limit of `mib`, makes room and writes again.

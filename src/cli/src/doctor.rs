@@ -1,9 +1,13 @@
 //! `nacelle doctor`: can this node run nacelle? Each check says what it found and, if it failed, what to do.
 
-use std::{fs, io, path::Path};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 mod jail;
 
+use nacelle_protocol::processor::{self, PLAIN_RETURNS};
 use rustix::fs::{Mode, OFlags};
 use serde::Serialize;
 
@@ -40,7 +44,8 @@ impl Check {
     }
 }
 
-/// Where the shim looks for the guest kernel, in its order.
+/// Where the shim looks for the guest kernel, in its order; a [`PLAIN_RETURNS`] beside it goes before it where the processor
+/// allows it.
 const KERNEL_FILES: &[&str] = &["/usr/local/share/nacelle/vmlinux", "/usr/share/nacelle/vmlinux"];
 /// Where the shim looks for the kernel that lends the host's network, in its order.
 const HOST_NETWORK_KERNEL_FILES: &[&str] =
@@ -159,10 +164,18 @@ fn guest_kernel() -> Check {
             "install one, or name one in /etc/nacelle/nacelle.toml",
         );
     };
-    match Kernel::read(path) {
-        Ok(kernel) => described(NAME, path, &kernel),
+    let path = fitting(path, Path::new(processor::FAULTS));
+    match Kernel::read(&path) {
+        Ok(kernel) => described(NAME, &path, &kernel),
         Err(e) => Check::new(NAME, Verdict::Fail, format!("read {}: {e}", path.display()), "install it again"),
     }
+}
+
+/// Which of the kernels beside each other the shim takes.
+fn fitting(path: &Path, faults: &Path) -> PathBuf {
+    let plain = path.with_file_name(PLAIN_RETURNS);
+    let fits = plain.exists() && processor::returns_plainly(|fault| fs::read_to_string(faults.join(fault)).ok());
+    if fits { plain } else { path.to_owned() }
 }
 
 /// Which kernel it is, and what pods do without.
@@ -277,6 +290,20 @@ mod tests {
         assert_eq!(lacking.verdict, Verdict::Warn);
         assert!(lacking.found.contains("lacks pressure (cpu.pressure"), "{}", lacking.found);
         assert!(check(None).found.contains("nacelle ps --long"));
+    }
+
+    #[test]
+    fn names_the_kernel_that_the_shim_takes() {
+        let dir = tempfile::tempdir().unwrap();
+        let kernel = dir.path().join("vmlinux");
+        let plain = dir.path().join(PLAIN_RETURNS);
+        assert_eq!(fitting(&kernel, dir.path()), kernel);
+        fs::write(&plain, "").unwrap();
+        assert_eq!(fitting(&kernel, dir.path()), kernel, "nothing is known of the processor");
+        for fault in ["retbleed", "spec_rstack_overflow", "indirect_target_selection"] {
+            fs::write(dir.path().join(fault), "Not affected\n").unwrap();
+        }
+        assert_eq!(fitting(&kernel, dir.path()), plain);
     }
 
     #[test]

@@ -24,6 +24,7 @@ pub mod cri {
 }
 pub mod features;
 pub mod ids;
+pub mod processor;
 pub mod status;
 pub mod stream;
 pub mod vm;

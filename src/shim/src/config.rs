@@ -15,11 +15,15 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nacelle_protocol::vm::{Landlock, Network, Seccomp};
+use nacelle_protocol::vm::{Landlock, Seccomp};
 use serde::Deserialize;
 use thiserror::Error;
 
 use crate::annotations::{KNOWN, Policy};
+
+pub use self::programs::{Node, Programs};
+
+mod programs;
 
 /// Environment variable that names the configuration file.
 pub const PATH_ENV: &str = "NACELLE_CONFIG";
@@ -325,17 +329,6 @@ pub struct Config {
     pub log_level: String,
 }
 
-/// The files that a VM is made of, all present and of the right kind.
-#[derive(Clone, Debug)]
-pub struct Programs {
-    /// `nacelle-vmm`.
-    pub vmm: PathBuf,
-    /// `nacelle-agent`.
-    pub agent: PathBuf,
-    /// The guest kernel.
-    pub kernel: PathBuf,
-}
-
 /// Where the configuration of this sandbox comes from, as containerd's runtime options say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Origin {
@@ -469,69 +462,6 @@ impl Config {
             "error, warn, info, debug, trace",
         )
     }
-
-    /// Finds the files that a VM with this network is made of, and checks that this host can run one. `exe` is the shim's
-    /// own path, `kvm` the device.
-    ///
-    /// The host's network comes to a guest by libkrun's TSI, which is part of libkrunfw's kernel only.
-    ///
-    /// # Errors
-    /// [`ConfigError`] says what is missing, where it was looked for, and what to do about it.
-    pub fn programs(&self, exe: &Path, kvm: &Path, network: &Network) -> Result<Programs, ConfigError> {
-        let own = exe.parent().and_then(Path::parent);
-        let prefixes: Vec<&Path> = own.into_iter().chain([Path::new("/usr/local"), Path::new("/usr")]).collect();
-        let [libexec, share] = ["libexec/nacelle", "share/nacelle"]
-            .map(|dir| prefixes.iter().map(|prefix| prefix.join(dir)).collect::<Vec<_>>());
-        let programs = Programs {
-            kernel: match network {
-                Network::Host => find(
-                    "guest kernel with TSI (libkrunfw's), which a container on the host's network needs",
-                    "host_network_kernel",
-                    self.host_network_kernel.as_deref(),
-                    &share,
-                    "vmlinux-libkrunfw",
-                )?,
-                Network::New | Network::Join(_) => {
-                    find("guest kernel", "kernel", self.kernel.as_deref(), &share, "vmlinux")?
-                }
-            },
-            vmm: find("VMM", "vmm", self.vmm.as_deref(), &libexec, "nacelle-vmm")?,
-            agent: find("agent", "agent", self.agent.as_deref(), &libexec, "nacelle-agent")?,
-        };
-        check_elf("guest kernel", &programs.kernel, "; an uncompressed vmlinux is needed, not a bzImage")?;
-        check_elf("agent", &programs.agent, "")?;
-        File::options().read(true).write(true).open(kvm).map_err(ConfigError::Kvm)?;
-        Ok(programs)
-    }
-}
-
-fn find(
-    what: &'static str,
-    key: &'static str,
-    configured: Option<&Path>,
-    dirs: &[PathBuf],
-    name: &str,
-) -> Result<PathBuf, ConfigError> {
-    let candidates = match configured {
-        Some(path) => vec![path.to_owned()],
-        None => dirs.iter().map(|dir| dir.join(name)).collect(),
-    };
-    candidates.iter().find(|path| path.is_file()).cloned().ok_or_else(|| {
-        let tried: Vec<_> = candidates.iter().map(|path| path.display().to_string()).collect();
-        ConfigError::Missing { what, key, tried: tried.join(" or ") }
-    })
-}
-
-fn check_elf(what: &'static str, path: &Path, hint: &'static str) -> Result<(), ConfigError> {
-    let mut magic = [0; 4];
-    match File::open(path).and_then(|mut file| file.read_exact(&mut magic)) {
-        Ok(()) if magic == *b"\x7fELF" => Ok(()),
-        Ok(()) => Err(ConfigError::NotElf { what, path: path.to_owned(), hint }),
-        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
-            Err(ConfigError::NotElf { what, path: path.to_owned(), hint })
-        }
-        Err(source) => Err(ConfigError::Read { path: path.to_owned(), source }),
-    }
 }
 
 #[cfg(test)]
@@ -584,35 +514,5 @@ mod tests {
         assert_eq!(origin.load().expect("load").vcpus, 4);
         origin.path = Some("/nonexistent.toml".into());
         assert!(matches!(origin.load(), Err(ConfigError::Read { .. })), "a named file must exist");
-    }
-
-    #[test]
-    fn programs_say_what_is_missing_and_where() {
-        let dir = tempfile::tempdir().expect("tempdir");
-        let exe = dir.path().join("bin/shim");
-        let kernel = dir.path().join("vmlinux");
-        let mut config = parse("", "").expect("defaults");
-        config.kernel = Some(kernel.clone());
-        let text = config.programs(&exe, Path::new(KVM), &Network::New).expect_err("missing").to_string();
-        assert!(text.contains("guest kernel") && text.contains("vmlinux") && text.contains("vm.kernel"), "{text}");
-        std::fs::write(&kernel, b"MZ..").expect("write");
-        let vmm = dir.path().join("vmm");
-        config.vmm = Some(vmm.clone());
-        let kvm = dir.path().join("kvm");
-        let programs = |config: &Config| config.programs(&exe, &kvm, &Network::New);
-        assert!(matches!(programs(&config), Err(ConfigError::Missing { what: "VMM", .. })));
-        std::fs::write(&vmm, b"").expect("write");
-        config.agent = Some(kernel.clone());
-        assert!(matches!(programs(&config), Err(ConfigError::NotElf { what: "guest kernel", .. })));
-        std::fs::write(&kernel, b"\x7fELF").expect("write");
-        assert!(matches!(programs(&config), Err(ConfigError::Kvm(_))));
-        std::fs::write(&kvm, b"").expect("write");
-        assert_eq!(programs(&config).expect("complete").vmm, vmm);
-        let tsi = dir.path().join("vmlinux-libkrunfw");
-        config.host_network_kernel = Some(tsi.clone());
-        let text = config.programs(&exe, &kvm, &Network::Host).expect_err("missing").to_string();
-        assert!(text.contains("TSI") && text.contains("vm.host_network_kernel"), "{text}");
-        std::fs::copy(&kernel, &tsi).expect("copy");
-        assert_eq!(config.programs(&exe, &kvm, &Network::Host).expect("complete").kernel, tsi);
     }
 }

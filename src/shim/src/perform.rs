@@ -5,19 +5,20 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nacelle_protocol::agent::{Container, Rootfs, Users};
 use nacelle_protocol::ids::ContainerId;
+use nacelle_protocol::processor;
 use nacelle_rootfs::plan::{self, Mount};
 use oci_spec::runtime::{Hooks, LinuxResources, Process};
 use tokio::sync::mpsc;
 
 use crate::annotations::{PATCHES, Wishes};
 use crate::bundle::{Bundle, Role};
-use crate::config::Config;
+use crate::config::{Config, Node};
 use crate::disks::Disks;
 use crate::export::Export;
 use crate::files;
@@ -143,7 +144,8 @@ pub async fn create_first(
     }
     let wishes = config.annotations.read(bundle.annotations())?;
     config.kernel = wishes.kernel.clone().or(config.kernel);
-    let programs = config.programs(&env.exe, &env.kvm, &bundle.network)?;
+    let node = Node { exe: &env.exe, kvm: &env.kvm, faults: Path::new(processor::FAULTS) };
+    let programs = config.programs(node, &bundle.network)?;
     let patches = patches(&config, &bundle, &wishes)?;
     let sources = Sources::read(&bundle, &wishes, &config)?;
     let (mut translation, root) = match bundle.role {

@@ -16,6 +16,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use nacelle_protocol::processor;
 use nacelle_protocol::vm::Network;
 use rustix::fs::Mode;
 use thiserror::Error;
@@ -23,7 +24,7 @@ use thiserror::Error;
 use crate::args::{Args, ArgsError};
 use crate::bootstrap::{self, BootstrapError, MAX_INPUT, Start, TTRPC_ENV};
 use crate::bundle::{self, BundleError, Role};
-use crate::config::{BODY_ENV, ConfigError, KVM, PATH_ENV};
+use crate::config::{BODY_ENV, ConfigError, KVM, Node, PATH_ENV};
 
 /// File in every bundle that tells a containerd that restarts where the shim is.
 const ADDRESS: &str = "address";
@@ -98,7 +99,8 @@ pub fn run(args: &Args) -> Result<Vec<u8>, StartError> {
     } else {
         let exe = std::env::current_exe().map_err(io_error("find", Path::new("/proc/self/exe")))?;
         // Found out here, what is missing is told to the one who asked; the server has nobody to tell.
-        start.origin.load()?.programs(&exe, Path::new(KVM), &Network::New)?;
+        let node = Node { exe: &exe, kvm: Path::new(KVM), faults: Path::new(processor::FAULTS) };
+        start.origin.load()?.programs(node, &Network::New)?;
         if let Some(listener) = listen(&path)? {
             spawn_server(&exe, args, &start, listener).inspect_err(|_| drop(fs::remove_file(&path)))?;
         }
