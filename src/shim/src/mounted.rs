@@ -1,7 +1,7 @@
 //! Roots of snapshotters whose mounts nacelle does not take apart: mounted as containerd says, and converted as a whole.
 //!
 //! ```text
-//!  btrfs, zfs, devmapper, fuse-overlayfs, stargz, nydus, overlay with metacopy …
+//!  btrfs, zfs, fuse-overlayfs, stargz, nydus, overlay with metacopy; blockfile and devmapper in a pod …
 //!       │ mount(8), in the shim's own mount namespace
 //!       ▼
 //!  <run>/mounted/<container>, read-only   ── one image for this container ──►  the guest's lower
