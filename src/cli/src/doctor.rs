@@ -44,14 +44,34 @@ impl Check {
     }
 }
 
-/// Where the shim looks for the guest kernel, in its order; a [`PLAIN_RETURNS`] beside it goes before it where the processor
-/// allows it.
-const KERNEL_FILES: &[&str] = &["/usr/local/share/nacelle/vmlinux", "/usr/share/nacelle/vmlinux"];
-/// Where the shim looks for the kernel that lends the host's network, in its order.
-const HOST_NETWORK_KERNEL_FILES: &[&str] =
-    &["/usr/local/share/nacelle/vmlinux-libkrunfw", "/usr/share/nacelle/vmlinux-libkrunfw"];
-/// Directories in which the shim looks for its helpers.
-const LIBEXEC: &[&str] = &["/usr/local/libexec/nacelle", "/usr/libexec/nacelle"];
+/// Where the shim looks for what is `below` a prefix, in its order: beside itself, which is beside this program, and then where
+/// packages put it.
+fn places(below: &str) -> Vec<PathBuf> {
+    let exe = std::env::current_exe().ok();
+    let own = exe.as_deref().and_then(Path::parent).and_then(Path::parent);
+    let mut places = Vec::with_capacity(3);
+    for prefix in own.into_iter().chain([Path::new("/usr/local"), Path::new("/usr")]) {
+        let place = prefix.join(below);
+        if !places.contains(&place) {
+            places.push(place);
+        }
+    }
+    places
+}
+
+/// The guest kernel; a [`PLAIN_RETURNS`] beside it goes before it where the processor allows it.
+const KERNEL: &str = "share/nacelle/vmlinux";
+/// The kernel that lends the host's network.
+const HOST_NETWORK_KERNEL: &str = "share/nacelle/vmlinux-libkrunfw";
+/// The shim's helpers.
+const LIBEXEC: &str = "libexec/nacelle";
+
+/// The first of the places that is there, or all that were tried, for people.
+fn find(below: &str, there: impl Fn(&Path) -> bool) -> Result<PathBuf, String> {
+    let places = places(below);
+    let tried = places.iter().map(|place| place.display().to_string()).collect::<Vec<_>>().join(", ");
+    places.into_iter().find(|place| there(place)).ok_or(tried)
+}
 
 /// Runs every check and prints the result; `false` when a check failed.
 pub fn run(json: bool, out: &mut impl io::Write) -> anyhow::Result<bool> {
@@ -156,15 +176,13 @@ fn landlock(modules: Option<&str>) -> Check {
 
 fn guest_kernel() -> Check {
     const NAME: &str = "guest kernel";
-    let Some(path) = KERNEL_FILES.iter().map(Path::new).find(|p| p.exists()) else {
-        return Check::new(
-            NAME,
-            Verdict::Fail,
-            format!("none of {}", KERNEL_FILES.join(", ")),
-            "install one, or name one in /etc/nacelle/nacelle.toml",
-        );
+    let path = match find(KERNEL, Path::exists) {
+        Ok(path) => fitting(&path, Path::new(processor::FAULTS)),
+        Err(tried) => {
+            let remedy = "install one, or name one in /etc/nacelle/nacelle.toml";
+            return Check::new(NAME, Verdict::Fail, format!("none of {tried}"), remedy);
+        }
     };
-    let path = fitting(path, Path::new(processor::FAULTS));
     match Kernel::read(&path) {
         Ok(kernel) => described(NAME, &path, &kernel),
         Err(e) => Check::new(NAME, Verdict::Fail, format!("read {}: {e}", path.display()), "install it again"),
@@ -200,15 +218,15 @@ fn described(name: &'static str, path: &Path, kernel: &Kernel) -> Check {
 
 fn host_network_kernel() -> Check {
     const NAME: &str = "host network";
-    let Some(path) = HOST_NETWORK_KERNEL_FILES.iter().map(Path::new).find(|p| p.exists()) else {
-        return Check::new(
-            NAME,
-            Verdict::Warn,
-            format!("none of {}: `ctr run --net-host` is refused", HOST_NETWORK_KERNEL_FILES.join(", ")),
-            "install libkrunfw's kernel there, or name it as vm.host_network_kernel",
-        );
+    let path = match find(HOST_NETWORK_KERNEL, Path::exists) {
+        Ok(path) => path,
+        Err(tried) => {
+            let found = format!("none of {tried}: `ctr run --net-host` is refused");
+            let remedy = "install libkrunfw's kernel there, or name it as vm.host_network_kernel";
+            return Check::new(NAME, Verdict::Warn, found, remedy);
+        }
     };
-    match Kernel::read(path) {
+    match Kernel::read(&path) {
         Ok(kernel) => Check::ok(
             NAME,
             format!("{}, {}", path.display(), kernel.release.as_deref().unwrap_or("of unknown release")),
@@ -219,15 +237,12 @@ fn host_network_kernel() -> Check {
 
 fn helpers() -> Check {
     const NAME: &str = "helpers";
-    let found = LIBEXEC
-        .iter()
-        .find(|dir| ["nacelle-vmm", "nacelle-agent"].iter().all(|name| Path::new(dir).join(name).exists()));
-    match found {
-        Some(dir) => Check::ok(NAME, format!("nacelle-vmm and nacelle-agent in {dir}")),
-        None => Check::new(
+    match find(LIBEXEC, |dir| ["nacelle-vmm", "nacelle-agent"].iter().all(|name| dir.join(name).exists())) {
+        Ok(dir) => Check::ok(NAME, format!("nacelle-vmm and nacelle-agent in {}", dir.display())),
+        Err(tried) => Check::new(
             NAME,
             Verdict::Fail,
-            format!("nacelle-vmm and nacelle-agent are not together in {}", LIBEXEC.join(" or ")),
+            format!("nacelle-vmm and nacelle-agent are not together in any of {tried}"),
             "install both there, or name them in /etc/nacelle/nacelle.toml",
         ),
     }

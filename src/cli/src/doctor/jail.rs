@@ -7,7 +7,7 @@ use std::{fs, io};
 
 use nacelle_protocol::vm::Report;
 
-use super::{Check, LIBEXEC, Verdict};
+use super::{Check, LIBEXEC, Verdict, find};
 
 /// Ids of all pods, where the configuration does not say otherwise.
 const IDS: Range<u64> = 1_879_048_192..4_294_901_760;
@@ -97,7 +97,7 @@ pub fn apparmor(enabled: Option<&str>, profiles: Option<&str>) -> Check {
 /// Tries to map ids on the file systems in use, with the VMM's program, which can do that.
 pub fn idmapped_mounts() -> Check {
     const NAME: &str = "idmapped mounts";
-    let Some(program) = LIBEXEC.iter().map(|dir| Path::new(dir).join("nacelle-vmm")).find(|path| path.exists()) else {
+    let Ok(program) = find(&format!("{LIBEXEC}/nacelle-vmm"), Path::exists) else {
         return Check::new(NAME, Verdict::Warn, "not tried: there is no nacelle-vmm", "install it");
     };
     let places: Vec<_> = PLACES.into_iter().filter(|place| Path::new(place).is_dir()).collect();
