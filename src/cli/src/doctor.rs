@@ -7,7 +7,10 @@ use std::{
 
 mod jail;
 
-use nacelle_protocol::processor::{self, PLAIN_RETURNS};
+use nacelle_protocol::{
+    install::{self, HOST_NETWORK_KERNEL, KERNEL, LIBEXEC},
+    processor,
+};
 use rustix::fs::{Mode, OFlags};
 use serde::Serialize;
 
@@ -44,31 +47,10 @@ impl Check {
     }
 }
 
-/// Where the shim looks for what is `below` a prefix, in its order: beside itself, which is beside this program, and then where
-/// packages put it.
-fn places(below: &str) -> Vec<PathBuf> {
-    let exe = std::env::current_exe().ok();
-    let own = exe.as_deref().and_then(Path::parent).and_then(Path::parent);
-    let mut places = Vec::with_capacity(3);
-    for prefix in own.into_iter().chain([Path::new("/usr/local"), Path::new("/usr")]) {
-        let place = prefix.join(below);
-        if !places.contains(&place) {
-            places.push(place);
-        }
-    }
-    places
-}
-
-/// The guest kernel; a [`PLAIN_RETURNS`] beside it goes before it where the processor allows it.
-const KERNEL: &str = "share/nacelle/vmlinux";
-/// The kernel that lends the host's network.
-const HOST_NETWORK_KERNEL: &str = "share/nacelle/vmlinux-libkrunfw";
-/// The shim's helpers.
-const LIBEXEC: &str = "libexec/nacelle";
-
 /// The first of the places that is there, or all that were tried, for people.
 fn find(below: &str, there: impl Fn(&Path) -> bool) -> Result<PathBuf, String> {
-    let places = places(below);
+    // It lies beside the shim.
+    let places = install::places(&std::env::current_exe().unwrap_or_default(), below);
     let tried = places.iter().map(|place| place.display().to_string()).collect::<Vec<_>>().join(", ");
     places.into_iter().find(|place| there(place)).ok_or(tried)
 }
@@ -177,7 +159,7 @@ fn landlock(modules: Option<&str>) -> Check {
 fn guest_kernel() -> Check {
     const NAME: &str = "guest kernel";
     let path = match find(KERNEL, Path::exists) {
-        Ok(path) => fitting(&path, Path::new(processor::FAULTS)),
+        Ok(path) => fitting(path, Path::new(processor::FAULTS)),
         Err(tried) => {
             let remedy = "install one, or name one in /etc/nacelle/nacelle.toml";
             return Check::new(NAME, Verdict::Fail, format!("none of {tried}"), remedy);
@@ -190,10 +172,8 @@ fn guest_kernel() -> Check {
 }
 
 /// Which of the kernels beside each other the shim takes.
-fn fitting(path: &Path, faults: &Path) -> PathBuf {
-    let plain = path.with_file_name(PLAIN_RETURNS);
-    let fits = plain.exists() && processor::returns_plainly(|fault| fs::read_to_string(faults.join(fault)).ok());
-    if fits { plain } else { path.to_owned() }
+fn fitting(path: PathBuf, faults: &Path) -> PathBuf {
+    processor::fitting(path, Path::is_file, |fault| fs::read_to_string(faults.join(fault)).ok())
 }
 
 /// Which kernel it is, and what pods do without.
@@ -311,14 +291,14 @@ mod tests {
     fn names_the_kernel_that_the_shim_takes() {
         let dir = tempfile::tempdir().unwrap();
         let kernel = dir.path().join("vmlinux");
-        let plain = dir.path().join(PLAIN_RETURNS);
-        assert_eq!(fitting(&kernel, dir.path()), kernel);
+        let plain = dir.path().join(processor::PLAIN_RETURNS);
+        assert_eq!(fitting(kernel.clone(), dir.path()), kernel);
         fs::write(&plain, "").unwrap();
-        assert_eq!(fitting(&kernel, dir.path()), kernel, "nothing is known of the processor");
+        assert_eq!(fitting(kernel.clone(), dir.path()), kernel, "nothing is known of the processor");
         for fault in ["retbleed", "spec_rstack_overflow", "indirect_target_selection"] {
             fs::write(dir.path().join(fault), "Not affected\n").unwrap();
         }
-        assert_eq!(fitting(&kernel, dir.path()), plain);
+        assert_eq!(fitting(kernel.clone(), dir.path()), plain);
     }
 
     #[test]

@@ -14,6 +14,8 @@
 //! The guest always dials: readiness is pushed to the shim and nothing polls. Host and guest ship together, so there is
 //! one [`GENERATION`] and a mismatch is refused at the handshake.
 //!
+//! Beside that, what two programs of nacelle's have to agree on: `features.rs`, `install.rs`, `processor.rs`.
+//!
 //! This crate knows nothing of sockets, files, tokio, containerd's daemon or libkrun.
 
 pub mod agent;
@@ -24,6 +26,7 @@ pub mod cri {
 }
 pub mod features;
 pub mod ids;
+pub mod install;
 pub mod processor;
 pub mod status;
 pub mod stream;

@@ -1,6 +1,8 @@
 //! What Linux tells of its processor's faults, as far as it decides which guest kernel fits: the shim chooses by it, and
 //! the command line says what the shim will choose.
 
+use std::path::{Path, PathBuf};
+
 /// Directory with a file for each fault that Linux knows (Documentation/ABI/testing/sysfs-devices-system-cpu).
 pub const FAULTS: &str = "/sys/devices/system/cpu/vulnerabilities";
 
@@ -15,8 +17,19 @@ pub const PLAIN_RETURNS: &str = "vmlinux-plain-returns";
 
 /// Whether a kernel may return plainly, by what `read` finds in the file of each fault. A fault that Linux does not know of
 /// is one that the processor may have.
-pub fn returns_plainly(mut read: impl FnMut(&str) -> Option<String>) -> bool {
+fn returns_plainly(mut read: impl FnMut(&str) -> Option<String>) -> bool {
     OF_RETURNS.iter().all(|fault| read(fault).is_some_and(|said| said.trim_end() == NOT_AFFECTED))
+}
+
+/// The one to boot of `kernel` and the [`PLAIN_RETURNS`] beside it: the latter where it is `there` and the processor allows it,
+/// by what `read` finds in the file of each fault below [`FAULTS`].
+pub fn fitting(
+    kernel: PathBuf,
+    there: impl FnOnce(&Path) -> bool,
+    read: impl FnMut(&str) -> Option<String>,
+) -> PathBuf {
+    let plain = kernel.with_file_name(PLAIN_RETURNS);
+    if there(&plain) && returns_plainly(read) { plain } else { kernel }
 }
 
 #[cfg(test)]

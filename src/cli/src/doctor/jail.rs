@@ -5,9 +5,10 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::{fs, io};
 
+use nacelle_protocol::install::LIBEXEC;
 use nacelle_protocol::vm::Report;
 
-use super::{Check, LIBEXEC, Verdict, find};
+use super::{Check, Verdict, find};
 
 /// Ids of all pods, where the configuration does not say otherwise.
 const IDS: Range<u64> = 1_879_048_192..4_294_901_760;

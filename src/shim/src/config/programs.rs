@@ -4,7 +4,8 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use nacelle_protocol::processor::{self, PLAIN_RETURNS};
+use nacelle_protocol::install::{self, HOST_NETWORK_KERNEL, KERNEL, LIBEXEC};
+use nacelle_protocol::processor;
 use nacelle_protocol::vm::Network;
 
 use super::{Config, ConfigError};
@@ -40,29 +41,25 @@ impl Config {
     /// # Errors
     /// [`ConfigError`] says what is missing, where it was looked for, and what to do about it.
     pub fn programs(&self, node: Node<'_>, network: &Network) -> Result<Programs, ConfigError> {
-        let own = node.exe.parent().and_then(Path::parent);
-        let prefixes: Vec<&Path> = own.into_iter().chain([Path::new("/usr/local"), Path::new("/usr")]).collect();
-        let [libexec, share] = ["libexec/nacelle", "share/nacelle"]
-            .map(|dir| prefixes.iter().map(|prefix| prefix.join(dir)).collect::<Vec<_>>());
-        let kernel = match (network, &self.kernel) {
-            (Network::Host, _) => find(
-                "guest kernel with TSI (libkrunfw's), which a container on the host's network needs",
-                "host_network_kernel",
-                self.host_network_kernel.as_deref(),
-                &share,
-                "vmlinux-libkrunfw",
-            )?,
-            (Network::New | Network::Join(_), Some(named)) => {
-                find("guest kernel", "kernel", Some(named), &share, "vmlinux")?
+        let find = |what, key, configured: &Option<PathBuf>, below: &str| match configured {
+            Some(path) => first(what, key, vec![path.clone()]),
+            None => first(what, key, install::places(node.exe, below)),
+        };
+        let kernel = match network {
+            Network::Host => {
+                let what = "guest kernel with TSI (libkrunfw's), which a container on the host's network needs";
+                find(what, "host_network_kernel", &self.host_network_kernel, HOST_NETWORK_KERNEL)?
             }
-            (Network::New | Network::Join(_), None) => {
-                fitting(find("guest kernel", "kernel", None, &share, "vmlinux")?, node.faults)
+            Network::New | Network::Join(_) => {
+                let found = find("guest kernel", "kernel", &self.kernel, KERNEL)?;
+                let read = |fault: &str| std::fs::read_to_string(node.faults.join(fault)).ok();
+                if self.kernel.is_some() { found } else { processor::fitting(found, Path::is_file, read) }
             }
         };
         let programs = Programs {
             kernel,
-            vmm: find("VMM", "vmm", self.vmm.as_deref(), &libexec, "nacelle-vmm")?,
-            agent: find("agent", "agent", self.agent.as_deref(), &libexec, "nacelle-agent")?,
+            vmm: find("VMM", "vmm", &self.vmm, &format!("{LIBEXEC}/nacelle-vmm"))?,
+            agent: find("agent", "agent", &self.agent, &format!("{LIBEXEC}/nacelle-agent"))?,
         };
         check_elf("guest kernel", &programs.kernel, "; an uncompressed vmlinux is needed, not a bzImage")?;
         check_elf("agent", &programs.agent, "")?;
@@ -71,27 +68,8 @@ impl Config {
     }
 }
 
-/// The kernel of plain returns beside `kernel`, where there is one and the processor has none of their faults.
-fn fitting(kernel: PathBuf, faults: &Path) -> PathBuf {
-    let plain = kernel.with_file_name(PLAIN_RETURNS);
-    // The file first: most of the cost would be the other three.
-    if plain.is_file() && processor::returns_plainly(|fault| std::fs::read_to_string(faults.join(fault)).ok()) {
-        return plain;
-    }
-    kernel
-}
-
-fn find(
-    what: &'static str,
-    key: &'static str,
-    configured: Option<&Path>,
-    dirs: &[PathBuf],
-    name: &str,
-) -> Result<PathBuf, ConfigError> {
-    let candidates = match configured {
-        Some(path) => vec![path.to_owned()],
-        None => dirs.iter().map(|dir| dir.join(name)).collect(),
-    };
+/// The first of the candidates that is a file.
+fn first(what: &'static str, key: &'static str, candidates: Vec<PathBuf>) -> Result<PathBuf, ConfigError> {
     candidates.iter().find(|path| path.is_file()).cloned().ok_or_else(|| {
         let tried: Vec<_> = candidates.iter().map(|path| path.display().to_string()).collect();
         ConfigError::Missing { what, key, tried: tried.join(" or ") }
@@ -112,6 +90,8 @@ fn check_elf(what: &'static str, path: &Path, hint: &'static str) -> Result<(), 
 
 #[cfg(test)]
 mod tests {
+    use nacelle_protocol::processor::PLAIN_RETURNS;
+
     use super::super::parse;
     use super::*;
 
@@ -145,6 +125,7 @@ mod tests {
         std::fs::copy(&kernel, &tsi).expect("copy");
         assert_eq!(config.programs(node, &Network::Host).expect("complete").kernel, tsi);
     }
+
     #[test]
     fn plain_returns_are_for_processors_without_their_faults() {
         let dir = tempfile::tempdir().expect("tempdir");
